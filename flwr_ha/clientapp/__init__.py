@@ -1,0 +1,1 @@
+"""The ClientApp side: mods for replay and for classic NumPyClients."""

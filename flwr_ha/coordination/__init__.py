@@ -1,0 +1,1 @@
+"""Who leads, what is committed, who is there: small facts on which all replicas agree."""

@@ -1,0 +1,1 @@
+"""The ServerApp side: a strategy that survives its server."""

@@ -1,0 +1,1 @@
+"""Content-addressed blobs, checkpoints, and their copies on other replicas."""

@@ -1,0 +1,1 @@
+"""Everything that touches Flower's inside: the SuperLink child and its control plane."""
