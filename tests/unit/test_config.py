@@ -1,0 +1,159 @@
+"""Settings: what is read, and what is refused with which sentence."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flwr_ha.config import load_secret, load_settings, parse_settings, session_from_environment
+from flwr_ha.errors import ConfigError
+from flwr_ha.settings import Endpoint
+
+GOOD: dict[str, Any] = {
+    "cluster": "mnist",
+    "coordinator": "zookeeper://127.0.0.1:2181,127.0.0.1:2182",
+    "replicas": [
+        {"id": 0, "address": "127.0.0.1:8000", "api": "127.0.0.1:8010"},
+        {"id": 1, "address": "127.0.0.1:8000", "api": "127.0.0.1:8011"},
+        {"id": 2, "address": "127.0.0.1:8000", "api": "127.0.0.1:8012"},
+    ],
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    table = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        table[key.replace("_", "-")] = value
+    return table
+
+
+def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
+    """A minimal table gives the documented defaults, with paths below the file's folder."""
+    settings = parse_settings(GOOD, folder=tmp_path)
+    assert settings.session_timeout_s == 4.0
+    assert settings.data_dir == tmp_path / ".flwr-ha"
+    assert settings.storage == "replicas"
+    assert settings.keep_checkpoints == 3
+    assert settings.majority == 2
+    assert settings.zookeeper_hosts == "127.0.0.1:2181,127.0.0.1:2182"
+    assert settings.replica(1).api == Endpoint("127.0.0.1", 8011)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sesion_timeout": 4}, "sesion-timeout is not a setting; the nearest is session-timeout"),
+        ({"session_timeout": 0.1}, "session-timeout = 0.1: 0.4 to 60"),
+        ({"session_timeout": "4"}, "session-timeout = '4' is not a number"),
+        ({"session_timeout": True}, "session-timeout = True is not a number"),
+        ({"keep_checkpoints": 0}, "keep-checkpoints = 0: at least 1"),
+        ({"cluster": "a/b"}, "cluster = 'a/b'"),
+        ({"coordinator": "etcd://127.0.0.1:2379"}, "coordinator = 'etcd://127.0.0.1:2379' is neither"),
+        ({"coordinator": "zookeeper://127.0.0.1"}, "coordinator = '127.0.0.1' is not host:port"),
+        ({"coordinator": "embedded:"}, "coordinator = 'embedded:' is neither"),
+        ({"storage": "bucket"}, "storage = 'bucket' is neither"),
+        ({"replicas": []}, "replicas: 0 are given"),
+        ({"tls": {"ca": "", "cert": "x.pem", "key": ""}}, "tls.ca is missing"),
+        ({"tls": {"certificate": "x"}}, "tls.certificate is not a setting; the nearest is tls.cert"),
+    ],
+)
+def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """Each bad value gives one sentence that names the setting."""
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(changed(**changes), folder=tmp_path)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["cluster", "coordinator", "replicas"])
+def test_a_missing_setting_is_named(key: str, tmp_path: Path) -> None:
+    """What has no default must be there."""
+    table = copy.deepcopy(GOOD)
+    del table[key]
+    with pytest.raises(ConfigError, match=f"^{key} is missing"):
+        parse_settings(table, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "entry", "sentence"),
+    [
+        (1, {"id": 0, "address": "127.0.0.1:8000", "api": "127.0.0.1:8011"}, "id = 0 is given to two replicas"),
+        (1, {"id": 1, "address": "127.0.0.1:8000", "api": "127.0.0.1:8010"}, "api = 127.0.0.1:8010 is given to two"),
+        (1, {"id": 1, "address": "127.0.0.1:8012", "api": "127.0.0.1:8011"}, "api = 127.0.0.1:8012 of replica 2"),
+        (1, {"id": 1, "address": "127.0.0.1:99999", "api": "127.0.0.1:8011"}, "replicas: address"),
+        (1, {"id": 1, "api": "127.0.0.1:8011"}, "replicas: address is missing"),
+        (1, {"id": -1, "address": "127.0.0.1:8000", "api": "127.0.0.1:8011"}, "id = -1"),
+        (1, {"id": 1, "address": "10.0.0.1:8000", "api": "127.0.0.1:8011"}, "secret-file is needed"),
+        (1, {"id": 1, "adress": "127.0.0.1:8000", "api": "127.0.0.1:8011"}, "nearest is replicas: address"),
+    ],
+)
+def test_contradictory_replicas_are_refused(index: int, entry: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """Two replicas cannot share what makes them different."""
+    table = copy.deepcopy(GOOD)
+    table["replicas"][index] = entry
+    with pytest.raises(ConfigError, match=sentence):
+        parse_settings(table, folder=tmp_path)
+
+
+def test_embedded_is_for_one_machine(tmp_path: Path) -> None:
+    """A replica beyond loopback cannot use the embedded coordinator."""
+    table = changed(coordinator="embedded:here", secret_file="secret")
+    table["replicas"][1]["address"] = "10.0.0.1:8000"
+    with pytest.raises(ConfigError, match="one machine"):
+        parse_settings(table, folder=tmp_path)
+    table["replicas"][1]["address"] = "127.0.0.1:8000"
+    assert parse_settings(table, folder=tmp_path).coordinator_folder == tmp_path / "here"
+
+
+def test_unknown_id_names_the_known_ones(tmp_path: Path) -> None:
+    """The sentence helps the person who mistyped the id."""
+    with pytest.raises(ConfigError, match="--id 7 is not among the replicas of cluster 'mnist': 0, 1, 2"):
+        parse_settings(GOOD, folder=tmp_path).replica(7)
+
+
+def test_settings_come_from_the_named_file(tmp_path: Path) -> None:
+    """--config wins over FLWR_HA_CONFIG; both a bare table and [tool.flwr-ha] are understood."""
+    body = 'cluster = "{}"\ncoordinator = "embedded:c"\n[[{}replicas]]\n'
+    body += 'id = 0\naddress = "127.0.0.1:1"\napi = "127.0.0.1:2"\n'
+    bare, nested = tmp_path / "ha.toml", tmp_path / "pyproject.toml"
+    bare.write_text(body.format("bare", ""))
+    nested.write_text("[tool.flwr-ha]\n" + body.format("nested", "tool.flwr-ha."))
+    assert load_settings(bare, environ={"FLWR_HA_CONFIG": str(nested)}).cluster == "bare"
+    assert load_settings(environ={"FLWR_HA_CONFIG": str(nested)}).cluster == "nested"
+
+
+@pytest.mark.parametrize(("text", "sentence"), [(None, "cannot be read"), ("a = ", "not valid TOML"), ("[x]", "table")])
+def test_a_bad_file_is_named(text: str | None, sentence: str, tmp_path: Path) -> None:
+    """A file that is missing, broken or without our table is named."""
+    file = tmp_path / "pyproject.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load_settings(file, environ={})
+    assert str(file) in str(caught.value)
+
+
+def test_the_secret_is_made_once_and_kept_private(tmp_path: Path) -> None:
+    """The first start makes it with mode 600; later ones read the same."""
+    settings = parse_settings(GOOD, folder=tmp_path)
+    secret = load_secret(settings)
+    assert len(secret) >= 32
+    assert load_secret(settings) == secret
+    assert (settings.data_dir / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """A world-readable secret is no secret."""
+    file = tmp_path / "s"
+    file.write_text("x" * 32)
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        load_secret(parse_settings(changed(secret_file="s"), folder=tmp_path))
+
+
+def test_without_a_replica_there_is_no_session() -> None:
+    """A ServerApp on a plain SuperLink sees no session."""
+    assert session_from_environment({}) is None
