@@ -1,0 +1,168 @@
+"""A blob that arrives in pieces, from several senders, over several lives of this process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.storage.files import Buffer, disk_errors, is_disk_full, open_locked, write_all
+
+
+class OffsetError(CheckpointError):
+    """The piece does not start where the upload is: go on from `offset`.
+
+    Attributes
+    ----------
+    offset : int
+        Bytes that the upload has.
+    """
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(f"the upload goes on at byte {offset}")
+        self.offset = offset
+
+
+class Upload:
+    """Collect the pieces of one blob in a partial file and publish it once it is verified.
+
+    `BlobStore.receive` makes it. Any number of threads and processes may work on the same blob:
+    a piece is written under the file's lock, and only where the file ends, so that two senders
+    share one upload instead of mixing their bytes. A sender of wrong bytes spoils the upload for
+    all, which `finish` notices: everybody starts again.
+
+    Parameters
+    ----------
+    digest : str
+        What the blob must be.
+    total_bytes : int
+        How long it must be.
+    partial, target : Path
+        The file that grows, and the blob that it becomes.
+    publish : callable
+        Makes a file (digest, descriptor, path) the blob, durably.
+    """
+
+    def __init__(
+        self, digest: str, total_bytes: int, *, partial: Path, target: Path, publish: Callable[[str, int, Path], None]
+    ) -> None:
+        self.digest = digest
+        self.total_bytes = total_bytes
+        self._partial = partial
+        self._target = target
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._inode = -1
+        self._hash = hashlib.sha256()
+        self._hashed_bytes = 0
+
+    @property
+    def offset(self) -> int:
+        """Bytes that have arrived, in this process or before."""
+        return self.total_bytes if self._target.exists() else partial_bytes(self._partial)
+
+    def append(self, offset: int, chunk: Buffer) -> None:
+        """Add the bytes that start at `offset`.
+
+        Raises
+        ------
+        OffsetError
+            The upload is elsewhere: send what it lacks.
+        CheckpointError
+            More bytes than announced, or the disk refuses; a full disk drops the upload.
+        """
+        if offset + len(chunk) > self.total_bytes:
+            raise CheckpointError(f"more than the announced {self.total_bytes} bytes arrive for {self.digest}")
+        with self._lock:
+            descriptor = open_locked(self._partial, is_new=offset == 0)
+            if descriptor is None:
+                raise OffsetError(0)
+            try:
+                self._append(descriptor, offset, chunk)
+            finally:
+                os.close(descriptor)
+
+    def _append(self, descriptor: int, offset: int, chunk: Buffer) -> None:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        if size != offset:
+            raise OffsetError(size)
+        self._notice_new_file(descriptor)
+        try:
+            with disk_errors(self._partial.parent):
+                write_all(descriptor, chunk)
+        except CheckpointError as error:
+            if is_disk_full(error):
+                self._partial.unlink(missing_ok=True)
+            raise
+        if self._hashed_bytes == offset:
+            self._hash.update(chunk)
+            self._hashed_bytes += len(chunk)
+
+    def finish(self) -> None:
+        """Verify the whole and make it a blob that survives a power cut.
+
+        Raises
+        ------
+        OffsetError
+            Bytes are missing: send them.
+        CheckpointCorruptError
+            The bytes do not match the digest: they are dropped, send all again.
+        CheckpointError
+            The disk refuses.
+        """
+        with self._lock:
+            descriptor = open_locked(self._partial, is_new=self.total_bytes == 0)
+            if descriptor is None:
+                if self._target.exists():
+                    return
+                raise OffsetError(0)
+            try:
+                self._finish(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _finish(self, descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        if size < self.total_bytes:
+            raise OffsetError(size)
+        self._notice_new_file(descriptor)
+        self._catch_up(descriptor, size)
+        if f"sha256:{self._hash.hexdigest()}" != self.digest:
+            self._partial.unlink(missing_ok=True)
+            self._forget()
+            raise CheckpointCorruptError(f"the bytes that arrived are not {self.digest}")
+        try:
+            with disk_errors(self._target.parent):
+                self._publish(self.digest, descriptor, self._partial)
+        except CheckpointError:
+            self._partial.unlink(missing_ok=True)  # after a failed fsync a second one may succeed without cause
+            raise
+
+    def _notice_new_file(self, descriptor: int) -> None:
+        inode = os.fstat(descriptor).st_ino
+        if inode != self._inode:
+            self._forget()
+            self._inode = inode
+
+    def _catch_up(self, descriptor: int, size: int) -> None:
+        """Hash what others, or an earlier life of this process, have written."""
+        if self._hashed_bytes < size:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                file.seek(self._hashed_bytes)
+                hashlib.file_digest(file, lambda: self._hash)
+            self._hashed_bytes = size
+
+    def _forget(self) -> None:
+        self._hash = hashlib.sha256()
+        self._hashed_bytes = 0
+
+
+def partial_bytes(partial: Path) -> int:
+    """Return the size of a partial file, 0 where there is none."""
+    try:
+        return partial.stat().st_size
+    except FileNotFoundError:
+        return 0
