@@ -92,10 +92,26 @@ class Store(Protocol):
 
     @property
     def lease_s(self) -> float:
-        """Seconds for which a transaction proves the session alive, counted from before its start.
+        """Seconds for which a transaction proves the session alive at most, counted from before its start.
 
         It is shorter than `session_timeout_s` by a margin that covers what the store's own clock
         and hops may add; the implementation states the argument.
+        """
+        ...
+
+    def proven_until(self, started_s: float) -> float:
+        """Return until when a successful transaction proves the session alive.
+
+        Parameters
+        ----------
+        started_s : float
+            ``time.monotonic()`` from before the transaction; ask only after its success.
+
+        Returns
+        -------
+        float
+            A time of ``time.monotonic()``, at most ``started_s + lease_s``; it may lie in the past,
+            when a store cannot tell from this one transaction that its session is safe.
         """
         ...
 
