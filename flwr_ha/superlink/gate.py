@@ -1,0 +1,219 @@
+"""Stand in front of Flower's app: serve the public only while leading, answer only for what is replicated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from flwr_ha.superlink.lease import Lease
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ACQUIRE_TASK = "/v1/runtime/acquire-task"
+
+HELD = frozenset(
+    [
+        f"/v1/control/{name}"
+        for name in (
+            "start-run",
+            "stop-run",
+            "update-run-series-description",
+            "start-automation",
+            "stop-automation",
+            "disconnect-connector",
+            "complete-connector-oauth",
+            "register-node",
+            "unregister-node",
+            "add-app",
+            "remove-app",
+            "set-federation-icon",
+            "create-federation",
+            "archive-federation",
+            "add-node-to-federation",
+            "remove-node-from-federation",
+            "remove-account-from-federation",
+            "create-invitation",
+            "accept-invitation",
+            "reject-invitation",
+            "revoke-invitation",
+            "configure-simulation-federation",
+        )
+    ]
+    + [f"/v1/fleet/{name}" for name in ("register-node", "activate-node", "deactivate-node", "unregister-node")]
+    + [f"/v1/runtime/{name}" for name in ("push-task-output", "create-task", "start-automation")]
+)
+
+_LEASE_POLL_S = 0.02
+_STANDBY_ANSWER_S = 10.0  # well below the 30 s after which Flower's clients give a request up
+
+
+class Replication:
+    """Let answers wait until the agent has made the control plane safe elsewhere.
+
+    Parameters
+    ----------
+    ask : callable
+        Sends the agent a request with this number; the agent answers through `answer`.
+    version : callable
+        Returns a number that changes whenever the database is written to.
+    timeout_s : float
+        Time that the agent has for an answer; without one the answer is no.
+
+    Notes
+    -----
+    One request to the agent is under way at a time and one more waits, shared by all who came meanwhile: the one
+    under way may have read the database before a late comer's change.
+    """
+
+    def __init__(self, ask: Callable[[int], None], version: Callable[[], int], timeout_s: float) -> None:
+        self._ask = ask
+        self._version = version
+        self._timeout_s = timeout_s
+        self._serial = 0
+        self._safe_version = -1
+        self._answers: dict[int, asyncio.Future[bool]] = {}
+        self._running: asyncio.Task[bool] | None = None
+        self._waiting: asyncio.Task[bool] | None = None
+
+    async def wait_replicated(self) -> bool:
+        """Return whether all that is in the database now is safe elsewhere."""
+        # Equal versions mean that nobody has written since the last picture that the agent has made safe.
+        if self._version() == self._safe_version:
+            return True
+        if self._waiting is None:
+            self._waiting = asyncio.create_task(self._round(self._running))
+        # A client that hangs up must not take the round away from the others.
+        return await asyncio.shield(self._waiting)
+
+    def answer(self, serial: int, *, is_replicated: bool) -> None:
+        """Take the agent's answer; an answer that comes too late is ignored."""
+        future = self._answers.get(serial)
+        if future is not None and not future.done():
+            future.set_result(is_replicated)
+
+    async def _round(self, previous: asyncio.Task[bool] | None) -> bool:
+        if previous is not None:
+            await asyncio.wait([previous])
+        self._running, self._waiting = self._waiting, None
+        self._serial += 1
+        serial, version = self._serial, self._version()
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._answers[serial] = future
+        try:
+            self._ask(serial)
+            is_replicated = await asyncio.wait_for(future, self._timeout_s)
+        except TimeoutError:
+            is_replicated = False
+        finally:
+            del self._answers[serial]
+        if is_replicated:
+            self._safe_version = version
+        return is_replicated
+
+
+class Gate:
+    """Wrap Flower's app in the three rules of a replica.
+
+    A request that came in on a public socket is served only while the lease runs; a changing request is answered
+    only once its change is replicated; SuperExec gets no work while the replica does not lead.
+
+    Parameters
+    ----------
+    app : callable
+        Flower's ASGI app.
+    lease : Lease
+        Says whether the replica leads.
+    private_port : int
+        Port of the loopback socket; every other local port is public.
+    replication : Replication
+        Makes changes safe.
+    """
+
+    def __init__(self, app: App, *, lease: Lease, private_port: int, replication: Replication) -> None:
+        self._app = app
+        self._lease = lease
+        self._private_port = private_port
+        self._replication = replication
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_public = scope["server"][1] != self._private_port
+        if is_public and not self._lease.is_valid:
+            await _refuse(send, "this replica does not lead")
+        elif scope["path"] == ACQUIRE_TASK and not self._lease.is_valid:
+            await self._hold_superexec(scope, receive, send)
+        elif scope["path"] in HELD:
+            await self._hold(scope, receive, send, is_public=is_public)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _hold(self, scope: Scope, receive: Receive, send: Send, *, is_public: bool) -> None:
+        """Run the call, make its effect safe elsewhere, only then send the answer."""
+        held: list[Message] = []
+
+        async def hold(message: Message) -> None:
+            held.append(message)
+
+        await self._app(scope, receive, hold)
+        status = next((message["status"] for message in held if message["type"] == "http.response.start"), 500)
+        if 200 <= status < 300 and not await self._replication.wait_replicated():
+            await _refuse(send, "the change could not be replicated, its outcome is open: look, then try again")
+        elif is_public and not self._lease.is_valid:
+            await _refuse(send, "this replica does not lead any more")
+        else:
+            for message in held:
+                await send(message)
+
+    async def _hold_superexec(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let SuperExec wait while the replica stands by: no work, no polling, no error that makes it back off."""
+        give_up_s = time.monotonic() + _STANDBY_ANSWER_S
+        while time.monotonic() < give_up_s:
+            if self._lease.is_valid:
+                await self._app(scope, receive, send)
+                return
+            await asyncio.sleep(_LEASE_POLL_S)
+        # An empty protobuf message: there is no task.
+        headers = [(b"content-type", b"application/x-protobuf"), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class DatabaseVersion:
+    """Tell whether anybody has written to the SuperLink's database.
+
+    Parameters
+    ----------
+    database : Path
+        Database file.
+    """
+
+    def __init__(self, database: Path) -> None:
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+
+    def __call__(self) -> int:
+        """Return a number that is another one after each change."""
+        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+
+async def _refuse(send: Send, why: str) -> None:
+    body = json.dumps({"detail": why}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", b"1"),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
