@@ -1,0 +1,195 @@
+"""REST of one replica: for load balancers, operators, the dashboard and the other replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from flwr_ha.errors import CoordinationError, HaError
+
+CALL_TIMEOUT_S = 2.0
+MAX_BODY_BYTES = 64 * 1024
+
+
+class RefusedError(HaError):
+    """An operator asked for what is not possible now; the message says why."""
+
+
+class ReplicaStatus(Protocol):
+    """What the REST API needs of the agent; no call but the last two blocks."""
+
+    def is_leader(self) -> bool:
+        """Whether this replica leads and its lease has not run out."""
+        ...
+
+    def is_standby(self) -> bool:
+        """Whether this replica runs and does not lead."""
+        ...
+
+    def lag_rounds(self) -> int:
+        """Return how many committed rounds are missing here."""
+        ...
+
+    def why_not_alive(self) -> str:
+        """Return why the process should be restarted, or an empty text."""
+        ...
+
+    def why_not_ready(self) -> str:
+        """Return why this replica could not lead, or an empty text."""
+        ...
+
+    def cluster(self) -> dict[str, Any]:
+        """Return the answer of ``GET /cluster``."""
+        ...
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the leadership changes, newest last."""
+        ...
+
+    def events_after(self, number: int) -> list[dict[str, Any]]:
+        """Return the newer events, oldest first."""
+        ...
+
+    def ask_switchover(self, candidate: int | None) -> None:
+        """Hand the leadership over; RefusedError where nobody can take it."""
+        ...
+
+    def set_paused(self, is_paused: bool) -> None:
+        """Forbid or allow automatic failover."""
+        ...
+
+
+def is_authorized(request: Request, secret: str) -> bool:
+    """Whether the request carries the shared secret; compared in constant time."""
+    given = request.headers.get("authorization", "")
+    return hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())
+
+
+def create_api(replica: ReplicaStatus, *, secret: str, routes: Sequence[BaseRoute] = ()) -> Starlette:
+    """Return the ASGI app; `routes` are those of the blobs, the session and the dashboard."""
+    endpoints = [*_state_routes(replica), *_information_routes(replica), *_operator_routes(replica, secret)]
+    return Starlette(routes=[*endpoints, *routes], exception_handlers={HTTPException: _problem, Exception: _failure})
+
+
+async def _problem(_: Request, error: Exception) -> Response:
+    status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "failed")
+    return JSONResponse({"detail": detail}, status)
+
+
+async def _failure(_: Request, error: Exception) -> Response:
+    """Answer what was not foreseen without its traceback, which uvicorn logs."""
+    return JSONResponse({"detail": f"the replica failed: {type(error).__name__}"}, 500)
+
+
+def _verdict(reason: str, name: str) -> Response:
+    return JSONResponse({"status": "ok" if not reason else f"not {name}", "reason": reason}, 503 if reason else 200)
+
+
+def _state_routes(replica: ReplicaStatus) -> list[Route]:
+    async def leader(_: Request) -> Response:
+        return _verdict("" if replica.is_leader() else "this replica does not lead", "leader")
+
+    async def standby(request: Request) -> Response:
+        limit = _whole_number(request, "lag")
+        if not replica.is_standby():
+            return _verdict("this replica is not a running standby", "standby")
+        lag = replica.lag_rounds()
+        return _verdict("" if limit is None or lag <= limit else f"{lag} rounds behind", "standby")
+
+    async def liveness(_: Request) -> Response:
+        return _verdict(replica.why_not_alive(), "alive")
+
+    async def readiness(_: Request) -> Response:
+        return _verdict(replica.why_not_ready(), "ready")
+
+    async def health(_: Request) -> Response:
+        return _verdict(replica.why_not_alive() or replica.why_not_ready(), "healthy")
+
+    table = {
+        "/leader": leader,
+        "/primary": leader,
+        "/replica": standby,
+        "/health": health,
+        "/liveness": liveness,
+        "/readiness": readiness,
+    }
+    return [Route(path, endpoint, methods=["GET"]) for path, endpoint in table.items()]
+
+
+def _information_routes(replica: ReplicaStatus) -> list[Route]:
+    async def cluster(_: Request) -> Response:
+        return JSONResponse(replica.cluster())
+
+    async def history(_: Request) -> Response:
+        return JSONResponse(replica.history())
+
+    async def events(request: Request) -> Response:
+        return JSONResponse(replica.events_after(_whole_number(request, "after") or 0))
+
+    table = {"/cluster": cluster, "/history": history, "/events": events}
+    return [Route(path, endpoint, methods=["GET"]) for path, endpoint in table.items()]
+
+
+def _whole_number(request: Request, name: str) -> int | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise HTTPException(400, f"{name} must be a whole number from 0 on")
+    return int(text)
+
+
+def _operator_routes(replica: ReplicaStatus, secret: str) -> list[Route]:
+    def guarded(act: Callable[[dict[str, Any]], None], status: int) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            if not is_authorized(request, secret):
+                return JSONResponse({"detail": "Authorization: Bearer SECRET is missing or wrong"}, 401)
+            body = await _json_object(request)
+            try:
+                await asyncio.wait_for(run_in_threadpool(act, body), CALL_TIMEOUT_S)
+            except RefusedError as error:
+                return JSONResponse({"detail": str(error)}, 409)
+            except (CoordinationError, TimeoutError) as error:
+                return JSONResponse({"detail": f"the coordinator does not answer: {error}"}, 503)
+            return JSONResponse({}, status)
+
+        return endpoint
+
+    def switchover(body: dict[str, Any]) -> None:
+        candidate = body.get("candidate")
+        if candidate is not None and (isinstance(candidate, bool) or not isinstance(candidate, int)):
+            raise RefusedError(f"candidate = {candidate!r} is not the id of a replica")
+        replica.ask_switchover(candidate)
+
+    return [
+        Route("/switchover", guarded(switchover, 202), methods=["POST"]),
+        Route("/pause", guarded(lambda _: replica.set_paused(True), 200), methods=["POST"]),
+        Route("/resume", guarded(lambda _: replica.set_paused(False), 200), methods=["POST"]),
+    ]
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > MAX_BODY_BYTES:
+            raise HTTPException(413, "the request is too large")
+    if not raw.strip():
+        return {}
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    return body

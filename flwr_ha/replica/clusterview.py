@@ -1,0 +1,110 @@
+"""Build what ``GET /cluster`` answers: a pure function of what the coordinator holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr_ha.coordination.coordinator import View
+from flwr_ha.model import Head, ReplicaState, Role, RunState, RunStatus
+from flwr_ha.settings import Settings
+
+CommitLogs = Mapping[str, Sequence[Head]]
+MAX_METRICS = 1000
+
+
+def cluster_json(settings: Settings, view: View, logs: CommitLogs) -> dict[str, Any]:
+    """Return the state of the cluster, the same on every replica.
+
+    Parameters
+    ----------
+    settings : Settings
+        Which replicas there should be.
+    view : View
+        What the coordinator holds.
+    logs : mapping
+        Commit log of each run, oldest first.
+
+    Returns
+    -------
+    dict
+        The JSON object of the contract.
+    """
+    leader = view.leader.replica_id if view.leader is not None else None
+    return {
+        "cluster": settings.cluster,
+        "term": view.term,
+        "leader": leader,
+        "paused": view.is_paused,
+        "replicas": [_replica(replica.id, settings, view, leader) for replica in settings.replicas],
+        "runs": [_run(run_id, view, leader, logs.get(run_id, ())) for run_id in _run_ids(view, leader)],
+    }
+
+
+def _replica(replica_id: int, settings: Settings, view: View, leader: int | None) -> dict[str, Any]:
+    own = settings.replica(replica_id)
+    record = view.replicas.get(replica_id)
+    return {
+        "id": replica_id,
+        "role": (Role.LEADER if replica_id == leader else Role.STANDBY).value,
+        "state": ReplicaState.UNREACHABLE.value if record is None else record["state"],
+        "address": str(own.address),
+        "api": str(own.api),
+        "lag_rounds": None if record is None else record["lag_rounds"],
+    }
+
+
+def statuses(view: View, leader: int | None) -> dict[str, RunStatus]:
+    """Return what the leader says of its runs; empty where nobody leads."""
+    record = view.replicas.get(leader) if leader is not None else None
+    entries = [RunStatus.from_json(entry) for entry in (record or {}).get("runs", ())]
+    return {status.run_id: status for status in entries}
+
+
+def _run_ids(view: View, leader: int | None) -> list[str]:
+    return sorted({*view.heads, *statuses(view, leader)}, key=int)
+
+
+def _run(run_id: str, view: View, leader: int | None, commits: Sequence[Head]) -> dict[str, Any]:
+    head = view.heads.get(run_id)
+    status = statuses(view, leader).get(run_id) or _status_without_leader(run_id, head)
+    return {
+        "run_id": run_id,
+        "app": status.app or (head.app if head else ""),
+        "state": status.state.value,
+        "reason": status.reason,
+        "server_round": head.position.server_round if head else 0,
+        "num_rounds": status.num_rounds or (head.num_rounds if head else 0),
+        "nodes_online": status.nodes_online,
+        "min_nodes": status.min_nodes,
+        "checkpoint": None if head is None else _checkpoint(head, view),
+        "metrics": {str(entry.position.server_round): dict(entry.metrics) for entry in commits[-MAX_METRICS:]},
+    }
+
+
+def _status_without_leader(run_id: str, head: Head | None) -> RunStatus:
+    is_done = head is not None and head.position.server_round >= head.num_rounds > 0
+    return RunStatus(
+        run_id=run_id,
+        app=head.app if head else "",
+        state=RunState.FINISHED if is_done else RunState.WAITING,
+        reason="" if is_done else "no leader",
+    )
+
+
+def _checkpoint(head: Head, view: View) -> dict[str, Any]:
+    """Show the head with the copies that exist now: live replicas speak for themselves."""
+    position = head.position
+    copies = {replica_id for replica_id in head.copies if replica_id not in view.replicas}
+    for replica_id, record in view.replicas.items():
+        if record.get("holds", {}).get(head.run_id) == position.digest:
+            copies.add(replica_id)
+    return {
+        "server_round": position.server_round,
+        "term": position.term,
+        "digest": position.digest,
+        "model_digest": head.model_digest,
+        "bytes": head.size_bytes,
+        "copies": sorted(copies),
+        "committed_at": head.committed_at,
+    }

@@ -1,0 +1,134 @@
+"""What this replica holds: get what is missing, count the lag, collect what is old."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from flwr_ha.coordination.coordinator import Coordinator, View
+from flwr_ha.errors import CheckpointError, HaError
+from flwr_ha.model import Head
+from flwr_ha.storage import checkpoint
+from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.superlink import linkstate
+
+log = logging.getLogger(__name__)
+COLLECT_EVERY_S = 30.0
+MIN_AGE_S = 120.0  # longer than any push between "the bytes are here" and "it is committed"
+PATIENCE_S = 1.0  # the leader's push is under way: do not pull the same bytes beside it
+
+
+class Storage(Protocol):
+    """Keep blobs beyond this replica's disk: on the other replicas, or in an object store."""
+
+    def protect(self, digests: Sequence[str], *, needed: int, timeout_s: float) -> tuple[int, ...]:
+        """Put the blobs on `needed` others and return their ids; NoMajorityError where that fails."""
+        ...
+
+    def fetch(self, digests: Sequence[str], *, timeout_s: float) -> None:
+        """Get missing or corrupt blobs back; CheckpointError where no good copy is to be had."""
+        ...
+
+
+class Holdings:
+    """Follow the committed heads with the blobs on this replica's disk; used by one thread.
+
+    Parameters
+    ----------
+    store : BlobStore
+        This replica's blobs.
+    storage : Storage
+        Where missing ones come from.
+    coordinator : Coordinator
+        For the commit logs, which say what is old.
+    keep_checkpoints : int
+        Per run.
+    """
+
+    def __init__(self, store: BlobStore, storage: Storage, coordinator: Coordinator, *, keep_checkpoints: int) -> None:
+        self._store = store
+        self._storage = storage
+        self._coordinator = coordinator
+        self._keep = keep_checkpoints
+        self._wanted_since: dict[str, float] = {}
+        self._held: dict[str, Head] = {}
+        self._collected_s = time.monotonic()
+        self.lag_rounds = 0
+
+    @property
+    def holds(self) -> dict[str, str]:
+        """Digest of the newest checkpoint of each run that lies here in full."""
+        return {run_id: head.position.digest for run_id, head in list(self._held.items())}
+
+    def follow(self, view: View, *, is_leader: bool) -> None:
+        """Check each head, pull what has been missing for a while, and collect now and then."""
+        now_s = time.monotonic()
+        lag = 0
+        for run_id, head in view.heads.items():
+            if self._is_here(head.position.digest, now_s, may_fetch=not is_leader):
+                self._held[run_id] = head
+            else:
+                held = self._held.get(run_id)
+                lag = max(lag, head.position.server_round - (held.position.server_round if held else 0))
+        if view.control is not None:
+            self._is_here(view.control.digest, now_s, may_fetch=not is_leader, is_control=True)
+        self.lag_rounds = lag
+        if now_s - self._collected_s >= COLLECT_EVERY_S:
+            self._collected_s = now_s
+            self.collect(view)
+
+    def _is_here(self, digest: str, now_s: float, *, may_fetch: bool, is_control: bool = False) -> bool:
+        if self.missing(digest, is_control=is_control):
+            since = self._wanted_since.setdefault(digest, now_s)
+            if not may_fetch or now_s - since < PATIENCE_S:
+                return False
+            try:
+                self.ensure(digest, is_control=is_control, timeout_s=30.0)
+            except HaError as error:
+                log.warning("copy of %s cannot be had yet: %s", digest, error)
+                return False
+        self._wanted_since.pop(digest, None)
+        return True
+
+    def missing(self, digest: str, *, is_control: bool) -> tuple[str, ...]:
+        """Return the digests that are missing of a checkpoint or a control-plane snapshot, as far as known."""
+        if not self._store.has(digest):
+            return (digest,)
+        return tuple(part for part in self._references(digest, is_control) if not self._store.has(part))
+
+    def _references(self, digest: str, is_control: bool) -> tuple[str, ...]:
+        if is_control:
+            return linkstate.references(self._store.read(digest))
+        return checkpoint.references(digest, self._store)
+
+    def ensure(self, digest: str, *, is_control: bool, timeout_s: float) -> None:
+        """Have the main blob and all its parts here, verified; CheckpointError where that cannot be."""
+        self._storage.fetch([digest], timeout_s=timeout_s)
+        parts = self._references(digest, is_control)
+        if parts:
+            self._storage.fetch(parts, timeout_s=timeout_s)
+
+    def collect(self, view: View) -> None:
+        """Delete blobs that no kept checkpoint and no current control plane names."""
+        try:
+            keep = set(self._kept(view))
+        except (CheckpointError, HaError) as error:
+            log.warning("nothing is collected this time: %s", error)
+            return
+        self._store.collect(keep, min_age_s=MIN_AGE_S)
+
+    def _kept(self, view: View) -> list[str]:
+        keep: list[str] = []
+        for run_id, head in view.heads.items():
+            commits = self._coordinator.commit_log(run_id)[-self._keep :]
+            for digest in {head.position.digest, *(entry.position.digest for entry in commits)}:
+                keep.append(digest)
+                if self._store.has(digest):
+                    keep.extend(self._references(digest, is_control=False))
+        if view.control is not None:
+            keep.append(view.control.digest)
+            if self._store.has(view.control.digest):
+                keep.extend(self._references(view.control.digest, is_control=True))
+        return keep

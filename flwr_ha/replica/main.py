@@ -1,0 +1,200 @@
+"""Put one replica together, and run it until it is asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flwr_ha.config import load_secret
+from flwr_ha.coordination.coordinator import Coordinator
+from flwr_ha.coordination.protocol import Store
+from flwr_ha.errors import ConfigError
+from flwr_ha.replica.agent import Agent, Life, MakeLife
+from flwr_ha.replica.api import create_api, is_authorized
+from flwr_ha.replica.apiserver import ApiServer, bind
+from flwr_ha.replica.duties import Tools
+from flwr_ha.replica.eventlog import EventLog
+from flwr_ha.replica.holdings import Holdings, Storage
+from flwr_ha.replica.machine import Timing
+from flwr_ha.replica.messages import StopAsked
+from flwr_ha.replica.replica import Replica
+from flwr_ha.replica.sessionapi import session_routes
+from flwr_ha.settings import Endpoint, SessionSettings, Settings, TlsSettings
+from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.blobserver import blob_routes
+from flwr_ha.storage.replication import Peer, Replicator
+from flwr_ha.superlink import events, linkstate
+from flwr_ha.superlink.process import SuperLinkProcess, SuperLinkSettings, TlsFiles
+
+log = logging.getLogger(__name__)
+CONNECT_TIMEOUT_S = 15.0
+PORT_PATIENCE_S = 3.0
+PULSES_PER_LEASE = 6
+
+
+def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[Life], None] | None = None) -> None:
+    """Run a replica until SIGTERM or SIGINT, which hand the leadership over.
+
+    Parameters
+    ----------
+    settings : Settings
+        Of the cluster.
+    replica_id : int
+        Which of its replicas this process is.
+    when_leading : callable, optional
+        Called in a thread of its own each time this replica has begun to serve.
+
+    Raises
+    ------
+    ConfigError
+        A setting, a file or a port is not as it must be; the sentence names it.
+    CoordinationError
+        The coordinator cannot be reached.
+    """
+    own = settings.replica(replica_id)
+    linkstate.check_flower()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_locked_folder(settings, replica_id))
+        secret = load_secret(settings)
+        server = stack.enter_context(ApiServer(own.api, tls=settings.tls))
+        blobs = BlobStore(folder / "store")
+        event_log = EventLog(folder / "events.jsonl", replica_id=replica_id)
+        store = make_store(settings)
+        stack.callback(store.close)
+        wake = threading.Event()
+        store.start(wake.set, timeout_s=CONNECT_TIMEOUT_S)
+        coordinator = Coordinator(store, replica_id=replica_id, instance=secrets.token_hex(8))
+        storage = stack.enter_context(_make_storage(settings, replica_id, blobs, secret))
+        tools = Tools(
+            replica_id=replica_id,
+            needed_copies=settings.majority - 1 if settings.storage == "replicas" else 0,
+            store=blobs,
+            storage=storage,
+            holdings=Holdings(blobs, storage, coordinator, keep_checkpoints=settings.keep_checkpoints),
+            coordinator=coordinator,
+            events=event_log,
+        )
+        # ServerApps come over a listener of their own: on loopback, without TLS, not to be seen from the network.
+        session_server = stack.enter_context(ApiServer(Endpoint("127.0.0.1", 0), tls=TlsSettings()))
+        make_life = _life_maker(settings, folder, f"http://127.0.0.1:{session_server.port}")
+        agent = Agent(own, tools, make_life, lease_s=store.lease_s, timing=Timing())
+        agent.when_leading = when_leading
+        replica = Replica(settings, agent, tools, wake=wake, pulse_s=store.lease_s / PULSES_PER_LEASE)
+        coordinator.join(replica.record(), wait_timeout_s=store.session_timeout_s + 2.0)
+        _check_public_address(own.address, coordinator)
+        routes = [
+            *blob_routes(
+                blobs, authorize=lambda request: is_authorized(request, secret), max_bytes=settings.max_blob_bytes
+            ),
+            *session_routes(replica),
+        ]
+        server.start(create_api(replica, secret=secret, routes=routes))
+        stack.enter_context(_signals(agent))
+        stack.enter_context(replica)
+        event_log.add("start", f"replica {replica_id} of cluster {settings.cluster} starts, API on {own.api}")
+        agent.run()
+
+
+@contextlib.contextmanager
+def _locked_folder(settings: Settings, replica_id: int) -> Iterator[Path]:
+    """Own the replica's folder: two processes with one id would overwrite each other."""
+    folder = settings.replica_dir(replica_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"data-dir: {str(folder)!r} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise ConfigError(f"--id {replica_id}: replica {replica_id} is already running in {str(folder)!r}") from None
+    finally:
+        os.close(handle)
+
+
+def make_store(settings: Settings) -> Store:
+    """Return the store that the coordinator setting names; it is not started."""
+    if settings.is_embedded:
+        from flwr_ha.coordination.embedded import EmbeddedStore
+
+        return EmbeddedStore(settings.coordinator_folder, session_timeout_s=settings.session_timeout_s)
+    from flwr_ha.coordination.zookeeper import ZooKeeperStore
+
+    return ZooKeeperStore(
+        settings.zookeeper_hosts, f"/flwr-ha/{settings.cluster}", session_timeout_s=settings.session_timeout_s
+    )
+
+
+@contextlib.contextmanager
+def _make_storage(settings: Settings, replica_id: int, blobs: BlobStore, secret: str) -> Iterator[Storage]:
+    if settings.storage != "replicas":
+        from flwr_ha.storage.objectstore import ObjectStorage
+
+        yield ObjectStorage(settings.storage, blobs)
+        return
+    peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]
+    with Replicator(blobs, peers, secret=secret) as replicator:
+        yield replicator
+
+
+def _life_maker(settings: Settings, folder: Path, session_url: str) -> MakeLife:
+    """Return what makes one life of the SuperLink after the other; databases of earlier ones are removed."""
+    tls = settings.tls
+    files = TlsFiles(cert=tls.cert, key=tls.key) if tls.cert is not None and tls.key is not None else None
+
+    def make(on_event: Callable[[events.Event], None]) -> Life:
+        token = secrets.token_urlsafe(32)
+        lives = folder / "superlink"
+        shutil.rmtree(lives, ignore_errors=True)
+        database = lives / secrets.token_hex(8) / "state.db"
+        superlink = SuperLinkProcess(
+            SuperLinkSettings(
+                database=database,
+                log_file=folder / "superlink.log",
+                app_env=SessionSettings(session_url, token).to_environment(),
+                tls=files,
+                has_supernode_auth=settings.enable_supernode_auth,
+            ),
+            on_event=on_event,
+        )
+        return Life(superlink=superlink, database=database, token=token)
+
+    return make
+
+
+def _check_public_address(address: Endpoint, coordinator: Coordinator) -> None:
+    """Refuse to start where a foreign process holds the public port; a leader of this cluster may."""
+    deadline_s = time.monotonic() + PORT_PATIENCE_S
+    while coordinator.leader() is None:
+        try:
+            bind(address, setting="address").close()
+            return
+        except ConfigError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _signals(agent: Agent) -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into an orderly stop."""
+
+    def stop(number: int, _: object) -> None:
+        agent.post(StopAsked(f"{signal.Signals(number).name} was received"))
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

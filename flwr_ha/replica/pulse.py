@@ -1,0 +1,194 @@
+"""The heartbeat of a replica: renew the lease, publish the own record, read the cluster."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from flwr_ha.coordination.coordinator import Coordinator, View
+from flwr_ha.coordination.values import Record
+from flwr_ha.errors import ConfigError, CoordinationError, FencedError
+from flwr_ha.model import Head, LeadershipChange, ReplicaState
+from flwr_ha.replica.agent import Agent
+from flwr_ha.replica.holdings import Holdings
+from flwr_ha.replica.messages import Crashed, Fenced, Renewed, Seen, StopAsked
+
+log = logging.getLogger(__name__)
+SHORTEST_GAP_S = 0.05
+FOLLOW_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """Hold what was last read of the cluster, for everybody who answers from memory.
+
+    Attributes
+    ----------
+    view : View
+        What the coordinator held.
+    history : tuple of LeadershipChange
+        Newest last.
+    logs : mapping of str to tuple of Head
+        Commit log of each run, oldest first.
+    read_s : float
+        Monotonic time before it was read; minus infinity before the first time.
+    """
+
+    view: View = field(default_factory=View)
+    history: tuple[LeadershipChange, ...] = ()
+    logs: Mapping[str, tuple[Head, ...]] = field(default_factory=dict)
+    read_s: float = float("-inf")
+
+
+class Pulse:
+    """Talk to the coordinator at least every `interval_s`, sooner when something changed there.
+
+    Parameters
+    ----------
+    agent : Agent
+        Gets the events.
+    coordinator : Coordinator
+        Joined already.
+    holdings : Holdings
+        Follows the committed heads, in a thread of its own: it may pull large blobs.
+    make_record : callable
+        Returns what this replica publishes.
+    wake : threading.Event
+        Set when the coordinator may have news.
+    interval_s : float
+        A fraction of the session timeout.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        coordinator: Coordinator,
+        holdings: Holdings,
+        *,
+        make_record: Callable[[], Record],
+        wake: threading.Event,
+        interval_s: float,
+    ) -> None:
+        self.sight = Sight()
+        self._agent = agent
+        self._coordinator = coordinator
+        self._holdings = holdings
+        self._make_record = make_record
+        self._interval_s = interval_s
+        self._wake = wake
+        self._stop = threading.Event()
+        self._trouble = ""
+        self._published: Record | None = None
+        self._published_s = float("-inf")
+        self._threads = [
+            threading.Thread(target=self._beat_for_ever, name="pulse"),
+            threading.Thread(target=self._follow_for_ever, name="holdings"),
+        ]
+
+    def wake(self) -> None:
+        """Look at the coordinator soon; from any thread."""
+        self._wake.set()
+
+    def __enter__(self) -> Pulse:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join()
+
+    def is_alive(self) -> bool:
+        """Whether its threads run."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def _beat_for_ever(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(self._interval_s)
+            self._wake.clear()
+            try:
+                self._beat()
+                self._settle_trouble("")
+            except CoordinationError as error:
+                self._settle_trouble(str(error))
+            except ConfigError as error:
+                self._agent.post(StopAsked(str(error)))
+            except Exception as error:
+                log.exception("the pulse failed in a way that was not foreseen")
+                self._agent.post(Crashed(f"{type(error).__name__}: {error}"))
+            self._stop.wait(SHORTEST_GAP_S)  # many changes at once are read once
+
+    def _settle_trouble(self, trouble: str) -> None:
+        """Say once that the coordinator is away, and once that it is back."""
+        if bool(trouble) != bool(self._trouble):
+            message = f"the coordinator does not answer: {trouble}" if trouble else "the coordinator answers again"
+            self._agent.tools.events.add("coordinator", message)
+        self._trouble = trouble
+
+    def _beat(self) -> None:
+        office = self._agent.office
+        record = self._make_record()
+        if office is not None:
+            leadership = office.leadership
+            try:
+                until_s = self._coordinator.renew(leadership, record)
+                self._agent.post(Renewed(leadership.term, until_s))
+                self._published = None
+            except FencedError as error:
+                self._agent.post(Fenced(leadership.term, str(error)))
+        else:
+            self._publish(record)
+        read_s = time.monotonic()
+        view = self._coordinator.view()
+        self._remember(view, read_s)
+        self._agent.post(self._seen(view))
+
+    def _publish(self, record: Record) -> None:
+        """Write the own record when it changed, and now and then: each write wakes the others."""
+        now_s = time.monotonic()
+        if record != self._published or now_s - self._published_s > 4 * self._interval_s:
+            self._coordinator.publish(record)
+            self._published, self._published_s = record, now_s
+
+    def _remember(self, view: View, read_s: float) -> None:
+        old = self.sight
+        logs = dict(old.logs)
+        for run_id, head in view.heads.items():
+            known = old.view.heads.get(run_id)
+            if known is None or known.position != head.position:
+                logs[run_id] = self._coordinator.commit_log(run_id)
+        is_new_term = view.term != old.view.term or old.read_s == float("-inf")
+        history = self._coordinator.history() if is_new_term else old.history
+        self.sight = Sight(view=view, history=history, logs=logs, read_s=read_s)
+
+    def _seen(self, view: View) -> Seen:
+        switchover = view.switchover
+        candidate = switchover.candidate if switchover is not None else None
+        if candidate is not None:
+            record = view.replicas.get(candidate)
+            if record is None or record["state"] != ReplicaState.RUNNING.value:
+                candidate = None
+        return Seen(
+            leader=view.leader.replica_id if view.leader is not None else None,
+            term=view.term,
+            is_paused=view.is_paused and switchover is None,
+            candidate=candidate,
+        )
+
+    def _follow_for_ever(self) -> None:
+        while not self._stop.wait(FOLLOW_EVERY_S):
+            try:
+                before = self._holdings.holds
+                self._holdings.follow(self.sight.view, is_leader=self._agent.office is not None)
+                if self._holdings.holds != before:
+                    self.wake()  # publish it
+            except Exception:
+                log.exception("the holdings cannot be followed this time")

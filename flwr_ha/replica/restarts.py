@@ -1,0 +1,74 @@
+"""Start a ServerApp again that was killed: a few times per term, with growing pauses."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+from flwr_ha.errors import HaError
+from flwr_ha.replica.eventlog import EventLog
+from flwr_ha.superlink import linkstate
+from flwr_ha.superlink.events import ServerAppDied
+
+FIRST_PAUSE_S = 0.1
+PAUSE_FACTOR = 5.0
+
+
+class Restarts:
+    """Count and carry out the restarts of one replica.
+
+    Parameters
+    ----------
+    limit : int
+        Restarts of one run in one term, from 0.
+    events : EventLog
+        Gets one entry per death.
+    """
+
+    def __init__(self, *, limit: int, events: EventLog) -> None:
+        self._limit = limit
+        self._events = events
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[int, str], int] = {}
+        self._timers: set[threading.Timer] = set()
+
+    def restart(self, database: Path, death: ServerAppDied, *, term: int) -> None:
+        """Put the run's task back to pending after a pause, or let the run fail where the limit is reached."""
+        with self._lock:
+            count = self._counts.get((term, death.run_id), 0)
+            self._counts[term, death.run_id] = count + 1
+        if count >= self._limit:
+            self._events.add(
+                "error",
+                f"{_why(death)}; it was started again {count} times in term {term}, which is the limit: the run fails",
+                run_id=death.run_id,
+            )
+            return
+        pause_s = FIRST_PAUSE_S * PAUSE_FACTOR**count
+        self._events.add("serverapp-died", f"{_why(death)}; it starts again in {pause_s:g} s", run_id=death.run_id)
+        timer = threading.Timer(pause_s, self._requeue, (database, death))
+        timer.name = f"restart-{death.run_id}"
+        with self._lock:
+            self._timers.add(timer)
+        timer.start()
+
+    def _requeue(self, database: Path, death: ServerAppDied) -> None:
+        try:
+            linkstate.requeue_task(database, death.task_id)
+        except (HaError, sqlite3.Error, OSError) as error:
+            self._events.add("error", f"the ServerApp cannot be started again: {error}", run_id=death.run_id)
+
+    def close(self) -> None:
+        """Call off the restarts that wait."""
+        with self._lock:
+            timers = list(self._timers)
+            self._timers.clear()
+        for timer in timers:
+            timer.cancel()
+            timer.join()
+
+
+def _why(death: ServerAppDied) -> str:
+    how = f"was ended by signal {-death.status}" if death.status < 0 else f"ended with status {death.status}"
+    return f"the ServerApp of run {death.run_id} {how} without a result"

@@ -1,0 +1,121 @@
+"""The loopback API between a ServerApp and the replica that runs it."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from flwr_ha.errors import CheckpointError, CoordinationError, FencedError, HaError, NoMajorityError
+from flwr_ha.model import Head, RunStatus
+
+MAX_BODY_BYTES = 4 * 1024**2
+
+
+class ServerAppHost(Protocol):
+    """What the session API needs of the agent."""
+
+    def session_token(self) -> str:
+        """Return the token of the present SuperLink life; empty where there is none."""
+        ...
+
+    def open_session(self, run_id: str) -> dict[str, Any]:
+        """Return term, replica, blob folder and committed head; FencedError where this replica does not lead."""
+        ...
+
+    def commit(self, run_id: str, body: dict[str, Any]) -> Head:
+        """Commit a round; FencedError, or an error that asks to try again."""
+        ...
+
+    def report(self, status: RunStatus) -> None:
+        """Take note of what a run does."""
+        ...
+
+    def note(self, run_id: str, body: dict[str, Any]) -> None:
+        """Append an event of a run."""
+        ...
+
+    def repair(self, digest: str) -> None:
+        """Replace a corrupt blob by a copy of a peer; CheckpointError where none has a good one."""
+        ...
+
+
+def error_response(error: HaError) -> JSONResponse:
+    """Return the answer of the session protocol for an error."""
+    body: dict[str, Any] = {"detail": str(error)}
+    match error:
+        case FencedError():
+            return JSONResponse(body, 409)
+        case NoMajorityError():
+            return JSONResponse({**body, "kind": "majority"}, 503)
+        case CoordinationError():
+            return JSONResponse({**body, "kind": "coordination"}, 503)
+        case CheckpointError():
+            return JSONResponse(body, 422)
+        case _:
+            return JSONResponse(body, 500)
+
+
+Act = Callable[[Request, dict[str, Any]], Response]
+
+
+def _guarded(host: ServerAppHost, act: Act) -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint that lets only ServerApps of the present SuperLink life act."""
+
+    async def endpoint(request: Request) -> Response:
+        token = host.session_token()
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not token or not hmac.compare_digest(given.encode(), token.encode()):
+            return JSONResponse({"detail": "this ServerApp belongs to an older life of the replica"}, 401)
+        raw = await request.body()
+        if len(raw) > MAX_BODY_BYTES:
+            return JSONResponse({"detail": "the request is too large"}, 413)
+        try:
+            body = json.loads(raw) if raw else {}
+            return await run_in_threadpool(act, request, body)
+        except HaError as error:
+            return error_response(error)
+        except (KeyError, TypeError, ValueError) as error:
+            return JSONResponse({"detail": f"the request is malformed: {error!r}"}, 400)
+
+    return endpoint
+
+
+def session_routes(host: ServerAppHost) -> list[Route]:
+    """Return the routes below ``/session``; each needs the token of the present SuperLink life."""
+
+    def open_session(request: Request, _: dict[str, Any]) -> Response:
+        return JSONResponse(host.open_session(request.path_params["run_id"]))
+
+    def commit(request: Request, body: dict[str, Any]) -> Response:
+        return JSONResponse(host.commit(request.path_params["run_id"], body).to_json())
+
+    def status(_: Request, body: dict[str, Any]) -> Response:
+        host.report(RunStatus.from_json(body))
+        return Response(status_code=204)
+
+    def note(request: Request, body: dict[str, Any]) -> Response:
+        host.note(request.path_params["run_id"], body)
+        return Response(status_code=204)
+
+    def repair(request: Request, _: dict[str, Any]) -> Response:
+        try:
+            host.repair(request.path_params["digest"])
+        except CheckpointError as error:
+            return JSONResponse({"detail": str(error)}, 404)
+        return JSONResponse({})
+
+    table: dict[str, tuple[Act, str]] = {
+        "/session/runs/{run_id}": (open_session, "GET"),
+        "/session/runs/{run_id}/commit": (commit, "POST"),
+        "/session/runs/{run_id}/status": (status, "POST"),
+        "/session/runs/{run_id}/events": (note, "POST"),
+        "/session/blobs/{digest}/repair": (repair, "POST"),
+    }
+    return [Route(path, _guarded(host, act), methods=[method]) for path, (act, method) in table.items()]
