@@ -25,6 +25,7 @@ from flwr_ha.coordination.values import (
     Leadership,
     Record,
     Switchover,
+    View,
     dump,
     history_key,
     load,
@@ -32,6 +33,8 @@ from flwr_ha.coordination.values import (
 )
 from flwr_ha.errors import ConfigError, CoordinationError
 from flwr_ha.model import LeadershipChange, utc_now
+
+__all__ = ["Coordinator", "LeaderRecord", "Leadership", "Record", "Switchover", "View"]
 
 POLL_S = 0.1
 CAMPAIGN_ATTEMPTS = 3
