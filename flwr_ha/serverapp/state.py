@@ -1,0 +1,303 @@
+"""Capture what a strategy remembers between rounds, and give it back exactly.
+
+Captured are the attributes that hold plain values, arrays, records, random generators, wrapped
+strategies and objects with ``state_dict()`` / ``load_state_dict()``. A strategy's own pair of
+these two methods wins: JSON values and arrays in, the same out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from flwr_ha.errors import CheckpointCorruptError, ConfigError
+from flwr_ha.serverapp.arrays import pack, unpack
+from flwr_ha.serverapp.nodes import layers
+
+logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr log` shows it
+
+_PLAIN = (bool, int, float, str, types.NoneType)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, functools.partial)
+_TAG = "$"  # the one key of an encoded value that is not plain JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Name what a training remembers between rounds besides the model.
+
+    Attributes
+    ----------
+    strategy : Strategy
+        Any, with those that it wraps.
+    train_config, evaluate_config : ConfigRecord
+        Sent to the nodes; strategies change them, as for a learning rate that decays.
+    """
+
+    strategy: Strategy
+    train_config: ConfigRecord
+    evaluate_config: ConfigRecord
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Hold what a training remembered at one moment.
+
+    Attributes
+    ----------
+    plain : mapping
+        JSON object.
+    arrays : mapping of str to ndarray
+        The arrays that ``plain`` refers to, any dtype and shape.
+    """
+
+    plain: Mapping[str, Any]
+    arrays: Mapping[str, NDArray[Any]]
+
+
+class _UncapturableError(Exception):
+    """The value is of a kind that is not kept."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(f"a {type(value).__name__}")
+        self.is_code = isinstance(value, _CODE)
+
+
+def capture(memory: Memory, *, is_copied: bool) -> State:
+    """Return what a training remembers.
+
+    Parameters
+    ----------
+    memory : Memory
+        What to look at.
+    is_copied : bool
+        Copy arrays that the strategy could change in place; False: they are written out at once.
+
+    Raises
+    ------
+    ConfigError
+        The strategy's own ``state_dict()`` holds something that cannot be kept: change it.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    encoder = _Encoder(arrays, is_copied)
+    plain = {
+        "made_by": names(memory.strategy),
+        "strategy": encoder.strategy(memory.strategy, "strategy."),
+        "train_config": encoder.value(memory.train_config, "train_config"),
+        "evaluate_config": encoder.value(memory.evaluate_config, "evaluate_config"),
+    }
+    return State(plain, arrays)
+
+
+def restore(memory: Memory, state: State, *, is_exact: bool = False) -> None:
+    """Give back what `capture` found.
+
+    Parameters
+    ----------
+    memory : Memory
+        The same objects, or ones built the same way; they are changed in place. Arrays become
+        fresh, writable copies.
+    state : State
+        Stays as it is, and can be given back again.
+    is_exact : bool
+        Also remove attributes that the strategy did not have then: to undo an attempt.
+
+    Raises
+    ------
+    ConfigError
+        The state was captured from another kind of strategy: the app has changed.
+    CheckpointCorruptError
+        The state does not fit together: take another copy.
+    """
+    if (present := names(memory.strategy)) != (made_by := state.plain.get("made_by")):
+        raise ConfigError(f"the checkpoint was made with the strategy {made_by}, not with {present}")
+    decoder = _Decoder(state.arrays, is_exact)
+    try:
+        decoder.into(memory.strategy, state.plain["strategy"])
+        for name in ("train_config", "evaluate_config"):
+            kept, config = decoder.value(state.plain[name]), getattr(memory, name)
+            config.clear()
+            config.update(kept)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"the state of {made_by} does not fit: {error!r}") from error
+
+
+def names(strategy: Strategy) -> str:
+    """Return the classes of a strategy and of those that it wraps."""
+    return " > ".join(type(layer).__name__ for layer in layers(strategy))
+
+
+def _has_state_dict(value: object) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+class _Encoder:
+    """Turn values into JSON, and put their arrays aside."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], is_copied: bool) -> None:
+        self._arrays = arrays
+        self._is_copied = is_copied
+
+    def strategy(self, strategy: Strategy, path: str) -> dict[str, Any]:
+        if _has_state_dict(strategy):
+            try:
+                return {"own": self.value(strategy.state_dict(), f"{path}own")}  # type: ignore[attr-defined]
+            except _UncapturableError as error:
+                raise ConfigError(f"{type(strategy).__name__}.state_dict() holds {error}: it cannot be kept") from error
+        kept: dict[str, Any] = {}
+        for name, value in vars(strategy).items():
+            before = set(self._arrays)
+            try:
+                kept[name] = self.value(value, f"{path}{name}")
+            except _UncapturableError as error:
+                for key in self._arrays.keys() - before:
+                    del self._arrays[key]
+                if not error.is_code:
+                    _warn_once(type(strategy).__name__, name, str(error))
+        return {"kept": kept, "names": sorted(vars(strategy))}
+
+    def value(self, value: Any, path: str) -> Any:
+        if type(value) in _PLAIN:
+            return value
+        if isinstance(value, list) and type(value) is list:
+            return [self.value(item, f"{path}.{index}") for index, item in enumerate(value)]
+        kind, body = self._tagged(value, path)
+        return {_TAG: kind, "value": body}
+
+    def _tagged(self, value: Any, path: str) -> tuple[str, Any]:
+        match value:
+            case np.ndarray() if not value.dtype.hasobject:
+                return "array", self._put(value, path, is_shared=True)
+            case np.generic():
+                return "scalar", self._put(np.asarray(value), path)
+            case bytes():
+                return "bytes", self._put(np.frombuffer(value, np.uint8) if value else np.zeros(0, np.uint8), path)
+            case ArrayRecord():
+                views, foreign = pack(value)
+                return "arrays", [[[k, self._put(v, f"{path}.{k}")] for k, v in views.items()], foreign]
+            case ConfigRecord():
+                return "config", self._pairs(value, path)
+            case MetricRecord():
+                return "metrics", self._pairs(value, path)
+            case dict():
+                return "dict", self._pairs(value, path)
+            case tuple():
+                return "tuple", self.value(list(value), path)
+            case set() | frozenset():
+                items = sorted(value, key=lambda item: (type(item).__name__, repr(item)))
+                return type(value).__name__, self.value(items, path)
+            case _:
+                return self._object(value, path)
+
+    def _object(self, value: Any, path: str) -> tuple[str, Any]:
+        match value:
+            case Strategy():
+                return "strategy", self.strategy(value, f"{path}.")
+            case np.random.Generator():
+                return "generator", self.value(dict(value.bit_generator.state), path)
+            case random.Random():
+                return "random", self.value(value.getstate(), path)
+            case _ if _has_state_dict(value) and not isinstance(value, type):
+                return "object", self.value(value.state_dict(), path)
+            case _:
+                raise _UncapturableError(value)
+
+    def _pairs(self, items: Mapping[Any, Any], path: str) -> list[Any]:
+        return [[self.value(k, f"{path}.k{i}"), self.value(v, f"{path}.{k}")] for i, (k, v) in enumerate(items.items())]
+
+    def _put(self, array: NDArray[Any], path: str, *, is_shared: bool = False) -> str:
+        while path in self._arrays:  # keys may hold dots
+            path += "'"
+        self._arrays[path] = array.copy() if is_shared and self._is_copied else array
+        return path
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_once(owner: str, name: str, what: str) -> None:
+    if (owner, name) in _warned:
+        return
+    _warned.add((owner, name))
+    logger.warning(
+        "%s.%s holds %s, which is not kept over a failover: define state_dict() and load_state_dict() if it matters",
+        owner,
+        name,
+        what,
+    )
+
+
+class _Decoder:
+    """Turn encoded values back, in place where an object must stay the same."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], is_exact: bool) -> None:
+        self._arrays = arrays
+        self._is_exact = is_exact
+
+    def into(self, strategy: Strategy, plain: Mapping[str, Any]) -> None:
+        if "own" in plain:
+            strategy.load_state_dict(self.value(plain["own"]))  # type: ignore[attr-defined]
+            return
+        attributes = vars(strategy)
+        for name in set(attributes) - set(plain["names"]) if self._is_exact else ():
+            del attributes[name]
+        for name, encoded in plain["kept"].items():
+            setattr(strategy, name, self.value(encoded, attributes.get(name)))
+
+    def value(self, encoded: Any, present: Any = None) -> Any:
+        if isinstance(encoded, list):
+            olds = present if isinstance(present, list) and len(present) == len(encoded) else [None] * len(encoded)
+            return [self.value(item, old) for item, old in zip(encoded, olds, strict=True)]
+        if not isinstance(encoded, dict):
+            return encoded
+        return self._untagged(encoded[_TAG], encoded["value"], present)
+
+    def _untagged(self, kind: str, body: Any, present: Any) -> Any:
+        match kind:
+            case "array":
+                return np.array(self._arrays[body], copy=True)
+            case "scalar":
+                return self._arrays[body][()]
+            case "bytes":
+                return self._arrays[body].tobytes()
+            case "arrays":
+                return unpack({name: self._arrays[path] for name, path in body[0]}, body[1])
+            case "config":
+                return ConfigRecord(self._pairs(body))
+            case "metrics":
+                return MetricRecord(self._pairs(body))
+            case "dict":
+                return self._pairs(body, present if isinstance(present, dict) else None)
+            case "tuple":
+                return tuple(self.value(body, list(present) if isinstance(present, tuple) else None))
+            case "set" | "frozenset":
+                return (set if kind == "set" else frozenset)(self.value(body))
+            case _:
+                return self._object(kind, body, present)
+
+    def _object(self, kind: str, body: Any, present: Any) -> Any:
+        match kind:
+            case "strategy":
+                self.into(present, body)
+            case "generator":
+                present.bit_generator.state = self.value(body)
+            case "random":
+                present.setstate(self.value(body))
+            case "object":
+                present.load_state_dict(self.value(body))
+            case _:
+                raise KeyError(kind)
+        return present
+
+    def _pairs(self, body: Any, present: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+        pairs = ((self.value(key), encoded) for key, encoded in body)
+        return {key: self.value(encoded, (present or {}).get(key)) for key, encoded in pairs}
