@@ -145,19 +145,28 @@ class BlobStore:
             return False
         return True
 
-    def verify(self, digest: str) -> None:
+    def verify(self, digest: str, *, is_forced: bool = False) -> None:
         """Hash the blob in pieces, unless this very file was verified by this process before.
+
+        Parameters
+        ----------
+        digest : str
+            The blob.
+        is_forced : bool
+            Hash it in any case: somebody has seen wrong bytes.
 
         Raises
         ------
         BlobMissingError, BlobCorruptError
             It is not there, or its bytes do not match (it is then in ``corrupt/``): fetch it.
         """
+        if is_forced:
+            self._verified.pop(digest, None)
         self.open(digest).close()
 
     def open(self, digest: str) -> BufferedReader:
         """Open a verified blob for reading; errors as in `verify`."""
-        file = self._open(digest)
+        file = self.open_unverified(digest)
         try:
             status = os.fstat(file.fileno())
             if self._verified.get(digest) != _stamp(status):
@@ -169,9 +178,18 @@ class BlobStore:
             raise
         return file
 
+    def open_unverified(self, digest: str) -> BufferedReader:
+        """Open a blob for a reader that verifies it; raise `BlobMissingError` where it is not."""
+        try:
+            return self.path(digest).open("rb")
+        except FileNotFoundError:
+            raise _missing(digest, self.root) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {digest} in {self.root}: {error.strerror}") from error
+
     def read(self, digest: str) -> bytes:
         """Return the bytes of a blob, verified; errors as in `verify`."""
-        with self._open(digest) as file, self._read_errors(digest):
+        with self.open_unverified(digest) as file, self._read_errors(digest):
             data = file.read()
             self._accept(digest, hashlib.sha256(data).hexdigest(), os.fstat(file.fileno()))
         return data
@@ -179,7 +197,7 @@ class BlobStore:
     def read_into(self, digest: str, buffer: memoryview) -> None:
         """Fill a writable buffer of the blob's size with its bytes, verified; errors as in `verify`."""
         sha, position = hashlib.sha256(), 0
-        with self._open(digest) as file, self._read_errors(digest):
+        with self.open_unverified(digest) as file, self._read_errors(digest):
             while count := file.readinto(buffer[position : position + CHUNK_BYTES]):
                 sha.update(buffer[position : position + count])
                 position += count
@@ -265,14 +283,6 @@ class BlobStore:
         fsync_folder(self._blobs)
         self._verified[digest] = _stamp(os.fstat(descriptor))
         self._uploads.pop(digest, None)
-
-    def _open(self, digest: str) -> BufferedReader:
-        try:
-            return self.path(digest).open("rb")
-        except FileNotFoundError:
-            raise _missing(digest, self.root) from None
-        except OSError as error:
-            raise CheckpointError(f"cannot read {digest} in {self.root}: {error.strerror}") from error
 
     @contextmanager
     def _read_errors(self, digest: str) -> Iterator[None]:

@@ -1,0 +1,163 @@
+"""One peer's share of the pushes: a thread that never holds up the others."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.peer import Peer, PeerClient
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Follow one `Replicator.protect`; read and changed under the lanes' condition only.
+
+    Attributes
+    ----------
+    digests : tuple of str
+        What each peer shall hold.
+    held : set of int
+        Peers that hold all of it.
+    failed : dict of int to str
+        Peers that do not, and why.
+    fault : CheckpointCorruptError or None
+        The own copy was found to be no good.
+    give_up_at_s : float or None
+        Monotonic time after which nobody wants it any more; None while `protect` waits.
+    """
+
+    digests: tuple[str, ...]
+    held: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
+    fault: CheckpointCorruptError | None = None
+    give_up_at_s: float | None = None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether nobody wants it any more."""
+        return self.give_up_at_s is not None and time.monotonic() > self.give_up_at_s
+
+
+class Lane:
+    """Push jobs to one peer, one after the other, in a thread of its own.
+
+    Jobs that a caller waits for come first, in order. One job that nobody waits for any more may
+    wait behind them, the newest: a slow peer gets some checkpoints whole instead of all of them late.
+
+    Parameters
+    ----------
+    peer : Peer
+        Where to.
+    name : str
+        Name of the thread.
+    store : BlobStore
+        Where from.
+    connect : callable
+        Makes a client.
+    changed : threading.Condition
+        Shared by all lanes; guards lanes and jobs and is notified when a job goes on.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        name: str,
+        *,
+        store: BlobStore,
+        connect: Callable[[Peer], PeerClient],
+        changed: threading.Condition,
+    ) -> None:
+        self.peer = peer
+        self._store = store
+        self._connect = connect
+        self._changed = changed
+        self._wanted: deque[Job] = deque()
+        self._leftover: Job | None = None
+        self._running: Job | None = None
+        self._client = connect(peer)
+        self._is_closed = False
+        self._is_failing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def add(self, job: Job) -> None:
+        """Queue a job that a caller waits for; the condition is held."""
+        self._wanted.append(job)
+        self._changed.notify_all()
+
+    def leave(self, job: Job) -> None:
+        """Put a job that nobody waits for any more behind the others; the condition is held."""
+        if job in self._wanted:
+            self._wanted.remove(job)
+            self._leftover = job
+
+    def make_way(self, job: Job) -> None:
+        """End a push that nobody waits for, because this job cannot do without the peer; the condition is held."""
+        running = self._running
+        if running is not None and running is not job and running.give_up_at_s is not None:
+            running.give_up_at_s = 0.0
+            self._client.abort()
+
+    def close(self) -> None:
+        """End the thread soon; the condition is held."""
+        self._is_closed = True
+        self._client.abort()
+        self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread to end; the condition is not held."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (job := self._wait_for_job()) is not None:
+            reason = self._push(job)
+            with self._changed:
+                self._running = None
+                if reason:
+                    job.failed[self.peer.id] = reason
+                else:
+                    job.held.add(self.peer.id)
+                self._changed.notify_all()
+            self._report(reason)
+        self._client.close()
+
+    def _wait_for_job(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._wanted or self._leftover)
+            if self._is_closed:
+                return None
+            if self._wanted:
+                self._running = self._wanted.popleft()
+            else:
+                self._running, self._leftover = self._leftover, None
+            if self._client.is_aborted:
+                self._client.close()
+                self._client = self._connect(self.peer)
+            return self._running
+
+    def _push(self, job: Job) -> str:
+        """Push what the peer lacks; return why it failed, or nothing."""
+        try:
+            for digest in job.digests:
+                self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale)
+        except CheckpointCorruptError as error:
+            job.fault = error
+            return str(error)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    def _report(self, reason: str) -> None:
+        if reason and not self._is_failing and not self._is_closed:
+            _logger.warning("a checkpoint was not copied: %s", reason)
+        elif self._is_failing and not reason:
+            _logger.info("checkpoints are copied to %s again", self.peer)
+        self._is_failing = bool(reason)
