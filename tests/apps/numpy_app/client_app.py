@@ -1,0 +1,52 @@
+"""ClientApp of the tests: a deterministic step; each real training leaves one line in a file."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
+
+from flwr_ha.clientapp import numpy_client_mod, replay_mod
+
+
+class NumpyClient(NumPyClient):
+    """Add a step that depends on the partition, the round and the model."""
+
+    def __init__(self, partition: int, step_s: float, calls: str) -> None:
+        self.partition = partition
+        self.step_s = step_s
+        self.calls = calls
+
+    def fit(self, parameters: list[np.ndarray], config: dict) -> tuple[list[np.ndarray], int, dict]:
+        """Train for ``step_s`` seconds."""
+        server_round = int(config["server-round"])
+        threading.Event().wait(self.step_s)
+        rng = np.random.default_rng([self.partition, server_round])
+        arrays = [(0.9 * w + 0.1 * rng.normal(size=w.shape)).astype(w.dtype) for w in parameters]
+        self.note(f"train {server_round}")
+        return arrays, 100 + self.partition, {"train_loss": 1.0 / server_round}
+
+    def evaluate(self, parameters: list[np.ndarray], config: dict) -> tuple[float, int, dict]:
+        """Return a loss that depends on the model."""
+        self.note(f"evaluate {config['server-round']}")
+        return float(sum(np.abs(w).sum() for w in parameters)), 100 + self.partition, {"accuracy": 0.5}
+
+    def note(self, line: str) -> None:
+        """Append a line in one write, so that lines of several processes never mix."""
+        if self.calls:
+            Path(self.calls).mkdir(parents=True, exist_ok=True)
+            with (Path(self.calls) / f"partition-{self.partition}").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def client_fn(context: Context) -> Client:
+    """Return the client of this node's partition."""
+    calls = str(context.node_config.get("calls", "")) or os.environ.get("FLWR_HA_TEST_CALLS", "")
+    partition = int(context.node_config["partition-id"])
+    return NumpyClient(partition, float(context.run_config["step-s"]), calls).to_client()
+
+
+app = ClientApp(client_fn=client_fn, mods=[replay_mod, numpy_client_mod])
