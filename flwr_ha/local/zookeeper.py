@@ -138,7 +138,7 @@ class LocalEnsemble:
         Java or ZooKeeper is missing, or the number of ports is not `size`.
     """
 
-    def __init__(  # noqa: PLR0913 - six settings, all but one by name
+    def __init__(
         self,
         folder: Path,
         *,

@@ -33,7 +33,8 @@ from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.replication import Peer, Replicator
 from flwr_ha.superlink import events, linkstate
-from flwr_ha.superlink.process import SuperLinkProcess, SuperLinkSettings, TlsFiles
+from flwr_ha.superlink.process import SuperLinkProcess
+from flwr_ha.superlink.settings import SuperLinkSettings, TlsFiles
 
 log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 15.0

@@ -58,6 +58,8 @@ def _merge(row: RunRow, nodes_online: int, report: RunStatus | None) -> RunStatu
     base = replace(base, app=row.app, nodes_online=nodes_online)
     if row.state.is_final:
         return replace(base, state=RunState(row.state.value), reason=row.details)
-    if report is None and row.state is not TaskState.RUNNING:
-        return replace(base, reason="the ServerApp starts")
-    return base
+    if report is not None:
+        return base
+    if row.state is TaskState.RUNNING:  # a ServerApp without HighlyAvailable says nothing of its rounds
+        return replace(base, state=RunState.TRAINING)
+    return replace(base, reason="the ServerApp starts")

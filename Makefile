@@ -1,0 +1,63 @@
+# What can be done here; bare `make` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup zookeeper lint format test unit demo chaos bench clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+ROUNDS ?= 8
+KILL ?= 1
+COORDINATOR ?= auto
+SECONDS_ := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),600)
+SEED ?= 7
+# Without a GPU the CPU build of torch will do; the plain one brings gigabytes of CUDA.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) zookeeper ## Make .venv with all dependencies, and install ZooKeeper where that is possible
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… chooses another)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[torch,metrics,s3,dev]'
+	$(BIN)/python -m pip check
+	touch $@
+
+zookeeper:
+	@zookeeper/install.sh
+
+lint: $(STAMP) ## Check format, style, types and the layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## Run the whole suite, real ZooKeeper and real SuperNodes included
+	$(BIN)/python -m pytest
+
+unit: $(STAMP) ## Run the tests that need no process
+	$(BIN)/python -m pytest tests/unit
+
+demo: setup ## Train the MNIST CNN while the leader is killed (ROUNDS=8 KILL=1 COORDINATOR=zookeeper|embedded)
+	$(BIN)/python -m flwr_ha demo --rounds $(ROUNDS) --kill $(KILL) --coordinator $(COORDINATOR)
+
+chaos: setup ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS_) --seed $(SEED)
+
+bench: setup ## Measure side by side; writes bench/results.json
+	$(BIN)/python -m bench
+
+clean: ## Remove what setup, tests and the demo made
+	rm -rf .venv .flwr-ha .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.fab bench/results.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
