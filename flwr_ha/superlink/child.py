@@ -179,7 +179,9 @@ def main() -> None:
     """Run the child until its agent goes away."""
     settings = json.loads(sys.argv[1])
     die_with_parent(settings["agent_pid"])
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()  # to the log file, beside what Flower writes there
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("flwr_ha").addHandler(handler)
     asyncio.run(_serve(settings))
 
 

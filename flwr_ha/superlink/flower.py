@@ -1,4 +1,4 @@
-"""Start Flower's own SuperLink app; the only module of the project, with `superexec`, that imports Flower's inside."""
+"""Start Flower's own SuperLink app; beside `superexec` and `repeatable` the only module that knows Flower's inside."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from flwr.superlink import main as superlink
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
 from flwr_ha.superlink.gate import App
+from flwr_ha.superlink.repeatable import make_repeatable
 
 cli = importlib.import_module("flwr.superlink.cli.flower_superlink")  # the package exports a function by this name
 
@@ -64,6 +65,7 @@ def create_app(*, database: Path, port: int, has_supernode_auth: bool, on_report
                 process.kill()
             super().shutdown()
 
+    make_repeatable()
     return cast(App, superlink.create_app(_config(database, port, has_supernode_auth), Lifespan))
 
 

@@ -18,14 +18,11 @@ from typing import Any
 
 from flwr_ha.errors import ConfigError, HaError
 from flwr_ha.superlink import events, procfs
-from flwr_ha.superlink.events import Event
 from flwr_ha.superlink.lease import Lease
-from flwr_ha.superlink.procfs import ChildRecord
 from flwr_ha.superlink.settings import SuperLinkSettings
 
 logger = logging.getLogger(__name__)
 
-_OPEN_RETRY_S = 0.01
 _KILL_TIMEOUT_S = 5.0
 
 
@@ -46,7 +43,7 @@ class SuperLinkProcess:
     thread that started it ends (prctl(2), PR_SET_PDEATHSIG), and that must be never too early and never too late.
     """
 
-    def __init__(self, settings: SuperLinkSettings, *, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, settings: SuperLinkSettings, *, on_event: Callable[[events.Event], None]) -> None:
         self._settings = settings
         self._on_event = on_event
         self._lease = Lease.create()
@@ -58,10 +55,10 @@ class SuperLinkProcess:
         self._ready = threading.Event()
         self._exited = threading.Event()
         self._is_wanted = False
+        self._private_port = 0
         self._error: OSError | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._record: ChildRecord | None = None
-        self._private_port = 0
+        self._record: procfs.ChildRecord | None = None
         self._thread = threading.Thread(target=self._own, name="superlink-child", daemon=True)
 
     @property
@@ -75,7 +72,7 @@ class SuperLinkProcess:
         return self._private_port
 
     @property
-    def record(self) -> ChildRecord:
+    def record(self) -> procfs.ChildRecord:
         """Identify the child to the other replicas of this machine, see `procfs.kill_stale_child`."""
         if self._record is None:
             raise RuntimeError("the SuperLink child was not started")
@@ -155,8 +152,7 @@ class SuperLinkProcess:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            while not self._opened.empty():
-                self._opened.get_nowait()
+            self._opened = queue.SimpleQueue()  # an answer to an earlier try is of no interest
             self._send("open", address=address)
             try:
                 answer = self._opened.get(timeout=max(0.05, deadline_s - time.monotonic()))
@@ -169,7 +165,7 @@ class SuperLinkProcess:
                 raise ConfigError(f"{why} (see address in [[tool.flwr-ha.replicas]]).")
             if answer["errno"] == 0 or time.monotonic() >= deadline_s:
                 raise HaError(f"{why}.")
-            self._exited.wait(_OPEN_RETRY_S)
+            self._exited.wait(0.01)
 
     def close_public(self, timeout_s: float) -> bool:
         """End the lease, close the public socket and abort its connections.
@@ -274,7 +270,10 @@ class SuperLinkProcess:
                 self._send("ping")
             readable, _, _ = select.select([self._channel], [], [], self._settings.ping_interval_s)
             if readable:
-                data = self._channel.recv(65536)
+                try:
+                    data = self._channel.recv(65536)
+                except ConnectionResetError:  # it died before it had read all that we sent
+                    return
                 if not data:
                     return
                 heard_s, is_frozen = time.monotonic(), False
