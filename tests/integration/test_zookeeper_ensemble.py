@@ -92,16 +92,26 @@ def test_a_leadership_holds_through_the_death_of_a_zookeeper_node(own_ensemble, 
     assert watching.campaign("it seemed to be gone") is None
 
 
-def test_a_leadership_holds_when_its_zookeeper_node_goes_silent(own_ensemble, stores):
-    """The node is frozen: connections stay open and nothing answers; another node takes the session."""
-    port = stores[0]._handler._socket.getpeername()[1]
-    silent = own_ensemble.client_ports.index(port)
+def test_a_leadership_holds_when_its_zookeeper_node_goes_silent(own_ensemble):
+    """A follower is frozen: its connections stay open and nothing answers; another node takes the session.
+
+    Without `SocketKeeper.drop_connection` kazoo would wait until the session is lost.
+    """
+    leading = own_ensemble.leader_index()
+    followers = [port for index, port in enumerate(own_ensemble.client_ports) if index != leading]
+    hosts = ",".join(f"127.0.0.1:{port}" for port in followers)
+    store = ZooKeeperStore(hosts, "/flwr-ha/test", session_timeout_s=SESSION_TIMEOUT_S)
+    store.start(lambda: None, timeout_s=10)
+    silent = own_ensemble.client_ports.index(store._handler._socket.getpeername()[1])
     freezer = threading.Timer(0.5, own_ensemble.freeze, (silent,))
     freezer.start()
 
-    shortest_s = lead_through(Coordinator(stores[0], replica_id=0, instance="first"), for_s=6)
-    freezer.join()
-    own_ensemble.thaw(silent)
+    try:
+        shortest_s = lead_through(Coordinator(store, replica_id=0, instance="first"), for_s=6)
+    finally:
+        freezer.join()
+        own_ensemble.thaw(silent)
+        store.close()
 
     assert shortest_s > 0
 

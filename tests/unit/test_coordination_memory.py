@@ -1,0 +1,102 @@
+"""What the coordinator does when the store is away for long, on the store in memory."""
+
+import time
+
+import pytest
+
+from flwr_ha.coordination.coordinator import Coordinator
+from flwr_ha.coordination.memory import MemoryTree
+from flwr_ha.coordination.reader import ClusterReader
+from flwr_ha.errors import CoordinationError
+from flwr_ha.model import Head, Position
+
+SESSION_TIMEOUT_S = 0.15
+HEAD = Head(
+    run_id="17",
+    app="test/app",
+    num_rounds=10,
+    position=Position(1, 0, "sha256:" + "a" * 64),
+    model_digest="sha256:" + "a" * 64,
+    size_bytes=1,
+)
+
+
+@pytest.fixture
+def tree():
+    """Return an empty tree."""
+    return MemoryTree()
+
+
+@pytest.fixture
+def store(tree):
+    """Return a started session."""
+    store = tree.store(session_timeout_s=SESSION_TIMEOUT_S)
+    store.start(lambda: None, timeout_s=1)
+    return store
+
+
+@pytest.fixture
+def coordinator(store):
+    """Return a coordinator on the session."""
+    return Coordinator(store, replica_id=0, instance="first")
+
+
+def test_a_commit_gives_up_after_a_lease(coordinator, store):
+    """The outcome is unknown and stays so: the caller is told in time to step down."""
+    leadership = coordinator.campaign("start")
+    store.set_reachable(False)
+
+    started_s = time.monotonic()
+    with pytest.raises(CoordinationError):
+        coordinator.commit(leadership, HEAD)
+
+    assert store.lease_s <= time.monotonic() - started_s < 10 * store.lease_s
+
+
+def test_a_commit_goes_through_when_the_store_comes_back(tree):
+    """Two lost answers in a row, one of them after it was applied."""
+    store = tree.store(session_timeout_s=60.0)
+    store.start(lambda: None, timeout_s=1)
+    coordinator = Coordinator(store, replica_id=0, instance="first")
+    leadership = coordinator.campaign("start")
+    store.lose_answer(is_applied=False)
+    store.lose_answer(is_applied=True)
+
+    committed = coordinator.commit(leadership, HEAD)
+
+    assert committed.position == HEAD.position
+    assert committed.committed_at.endswith("Z")
+    assert coordinator.head("17") == committed
+
+
+def test_every_call_says_when_the_store_is_away(coordinator, store):
+    """None of them makes an answer up."""
+    leadership = coordinator.campaign("start")
+    store.set_reachable(False)
+
+    for call in (
+        coordinator.view,
+        lambda: coordinator.campaign("x"),
+        lambda: coordinator.publish({}),
+        lambda: coordinator.renew(leadership, {}),
+        lambda: coordinator.resign(leadership),
+        lambda: coordinator.set_paused(True),
+        lambda: coordinator.request_switchover(1),
+    ):
+        with pytest.raises(CoordinationError):
+            call()
+
+
+def test_a_log_entry_is_read_once(coordinator, tree):
+    """Committed rounds never change: a long log costs its new entries only."""
+    leadership = coordinator.campaign("start")
+    head = Head.from_json({**HEAD.to_json(), "server_round": 1})
+    coordinator.commit(leadership, head)
+    counting = tree.store()
+    counting.start(lambda: None, timeout_s=1)
+    reader = ClusterReader(counting)
+    log = reader.commit_log("17")
+    tree.entries["rounds/17/0000000001"].data = b"must not be read again"
+
+    assert reader.commit_log("17") == log
+    assert len(log) == 1
