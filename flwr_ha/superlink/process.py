@@ -207,9 +207,8 @@ class SuperLinkProcess:
         # Only the thread that waits for the child kills it: nobody else knows that its number is still its own.
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
-        if self._thread.ident is None:
-            return
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise HaError(f"process {self.pid} of the SuperLink cannot be killed.")
 
