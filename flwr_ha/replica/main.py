@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from starlette.applications import Starlette
+
 from flwr_ha.config import load_secret
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.protocol import Store
@@ -92,13 +94,11 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         replica = Replica(settings, agent, tools, wake=wake, pulse_s=store.lease_s / PULSES_PER_LEASE)
         coordinator.join(replica.record(), wait_timeout_s=store.session_timeout_s + 2.0)
         _check_public_address(own.address, coordinator)
-        routes = [
-            *blob_routes(
-                blobs, authorize=lambda request: is_authorized(request, secret), max_bytes=settings.max_blob_bytes
-            ),
-            *session_routes(replica),
-        ]
+        routes = blob_routes(
+            blobs, authorize=lambda request: is_authorized(request, secret), max_bytes=settings.max_blob_bytes
+        )
         server.start(create_api(replica, secret=secret, routes=routes))
+        session_server.start(Starlette(routes=session_routes(replica)))
         stack.enter_context(_signals(agent))
         stack.enter_context(replica)
         event_log.add("start", f"replica {replica_id} of cluster {settings.cluster} starts, API on {own.api}")
