@@ -51,7 +51,7 @@ class Replica:
         self.log_file = folder / "superlink.log"
         self.blobs: dict[str, bytes] = {}
         self.events: list[events.Event] = []
-        self.answers: bool | None = True  # None: do not answer
+        self.answers: list[bool | None] = []  # for the next requests, None: no answer; then always yes
         arguments = {"ping_interval_s": 0.1, "frozen_after_s": 1.0, **settings}
         self.process = SuperLinkProcess(
             SuperLinkSettings(database=self.database, log_file=self.log_file, **arguments),  # type: ignore[arg-type]
@@ -61,8 +61,10 @@ class Replica:
 
     def _on_event(self, event: events.Event) -> None:
         self.events.append(event)
-        if isinstance(event, events.ReplicateRequested) and self.answers is not None:
-            self.process.answer(event.serial, is_replicated=self.answers)
+        if isinstance(event, events.ReplicateRequested):
+            answer = self.answers.pop(0) if self.answers else True
+            if answer is not None:
+                self.process.answer(event.serial, is_replicated=answer)
 
     def seen(self, kind: type[T]) -> list[T]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -221,26 +223,27 @@ def test_public_socket_closes_when_the_lease_runs_out(replicas: Callable[..., Re
 
 
 def test_registration_is_acknowledged_only_when_replicated(
-    replicas: Callable[..., Replica], public: str, supernode: Callable[[str], subprocess.Popen[bytes]]
+    replicas: Callable[..., Replica],
+    public: str,
+    supernode: Callable[[str], subprocess.Popen[bytes]],
+    tmp_path: Path,
 ) -> None:
-    """A SuperNode's registration waits for the agent; a no makes it try again, and the repetition is welcome."""
+    """Registration and activation wait for the agent; after a no the SuperNode repeats them and is welcome."""
     replica = replicas()
     replica.process.wait_ready(30.0)
-    replica.answers = None
+    replica.answers = [None, True, False, True]  # registration, again, activation, again
     replica.lead(public)
     node = supernode(public)
 
-    wait_until(lambda: replica.seen(events.ReplicateRequested))
+    (request,) = wait_until(lambda: replica.seen(events.ReplicateRequested))
     assert replica.summary().nodes_total == 1  # done here
     assert replica.summary().nodes_online == 0  # but not acknowledged: it has not gone on to its activation
 
-    replica.answers = False
-    replica.process.answer(replica.seen(events.ReplicateRequested)[0].serial, is_replicated=False)
-    wait_until(lambda: len(replica.seen(events.ReplicateRequested)) >= 2)
-    replica.answers = True
-    wait_until(lambda: replica.summary().nodes_online == 1, 30.0)
+    replica.process.answer(request.serial, is_replicated=False)
+    wait_until(lambda: len(replica.seen(events.ReplicateRequested)) == 4, 30.0)
+    wait_until(lambda: b"SuperNode ID:" in (tmp_path / "supernode-0.log").read_bytes(), 30.0)
 
-    assert replica.summary().nodes_total == 1
+    assert (replica.summary().nodes_online, replica.summary().nodes_total) == (1, 1)
     assert node.poll() is None
 
 

@@ -1,0 +1,262 @@
+"""The gate in front of Flower's app: who is served, and when an answer may go out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from flwr_ha.superlink import gate
+from flwr_ha.superlink.gate import Gate, Replication
+from flwr_ha.superlink.lease import Lease
+
+PRIVATE, PUBLIC = 40000, 8000
+
+
+class Agent:
+    """The agent and the database as the gate sees them."""
+
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        self.asked: list[int] = []
+        self.database_version = 0
+        self.replication = Replication(self.asked.append, lambda: self.database_version, timeout_s)
+
+    def answer(self, *, is_replicated: bool) -> None:
+        self.replication.answer(self.asked[-1], is_replicated=is_replicated)
+
+
+class Flower:
+    """Flower's app: each request is counted and changes the database."""
+
+    def __init__(self, agent: Agent, status: int = 200) -> None:
+        self.agent = agent
+        self.status = status
+        self.calls = 0
+
+    async def __call__(self, scope: gate.Scope, receive: gate.Receive, send: gate.Send) -> None:
+        self.calls += 1
+        self.agent.database_version += 1
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.body", "body": b"the answer", "more_body": False})
+
+
+@pytest.fixture
+def lease() -> Iterator[Lease]:
+    """Give a lease that has not been granted."""
+    lease = Lease.create()
+    yield lease
+    lease.close()
+
+
+async def _settled() -> None:
+    """Let all that can run without the outside world run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def _request(served: Gate, path: str, port: int = PUBLIC) -> tuple[int, bytes]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    await served({"type": "http", "path": path, "server": ("127.0.0.1", port)}, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def _gate(app: gate.App, lease: Lease, agent: Agent) -> Gate:
+    return Gate(app, lease=lease, private_port=PRIVATE, replication=agent.replication)
+
+
+def _run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(test(), 5.0)
+
+    asyncio.run(limited())
+
+
+def test_public_is_served_only_under_a_lease(lease: Lease) -> None:
+    """Without a lease a request on the public port is refused before Flower sees it; the loopback is served."""
+
+    async def test() -> None:
+        app = Flower(agent := Agent())
+        served = _gate(app, lease, agent)
+        assert (await _request(served, "/v1/control/list-runs"))[0] == 503
+        assert app.calls == 0
+        assert (await _request(served, "/v1/control/list-runs", PRIVATE))[0] == 200
+        lease.deadline_s = time.monotonic() + 60.0
+        assert await _request(served, "/v1/control/list-runs") == (200, b"the answer")
+
+    _run(test)
+
+
+@pytest.mark.parametrize("path", sorted(gate.HELD))
+def test_changing_request_waits_for_the_agent(lease: Lease, path: str) -> None:
+    """The answer goes out once the agent has made the change safe, and not before."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        app = Flower(agent := Agent())
+        request = asyncio.create_task(_request(_gate(app, lease, agent), path))
+        await _settled()
+        assert (app.calls, agent.asked, request.done()) == (1, [1], False)
+        agent.answer(is_replicated=True)
+        assert await request == (200, b"the answer")
+
+    _run(test)
+
+
+def test_change_that_is_not_replicated_is_not_acknowledged(lease: Lease) -> None:
+    """The agent says no: the client is told to try again, Flower's answer is dropped."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        request = asyncio.create_task(_request(_gate(Flower(agent := Agent()), lease, agent), "/v1/control/start-run"))
+        await _settled()
+        agent.answer(is_replicated=False)
+        status, body = await request
+        assert status == 503
+        assert b"could not be replicated" in body
+
+    _run(test)
+
+
+def test_silent_agent_counts_as_no(lease: Lease) -> None:
+    """A frozen agent does not keep clients for ever."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        agent = Agent(timeout_s=0.02)
+        assert (await _request(_gate(Flower(agent), lease, agent), "/v1/fleet/register-node"))[0] == 503
+
+    _run(test)
+
+
+def test_lease_that_ends_while_waiting_takes_the_answer_back(lease: Lease) -> None:
+    """Replicated too late: a replica that no longer leads does not speak to the public."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        request = asyncio.create_task(_request(_gate(Flower(agent := Agent()), lease, agent), "/v1/control/stop-run"))
+        await _settled()
+        lease.deadline_s = 0.0
+        agent.answer(is_replicated=True)
+        assert (await request)[0] == 503
+
+    _run(test)
+
+
+def test_failed_request_is_answered_at_once(lease: Lease) -> None:
+    """An error changes nothing that a client could rely on, so nobody is asked."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        app = Flower(agent := Agent(), status=412)
+        assert await _request(_gate(app, lease, agent), "/v1/fleet/register-node") == (412, b"the answer")
+        assert agent.asked == []
+
+    _run(test)
+
+
+def test_heartbeats_are_never_held(lease: Lease) -> None:
+    """What is frequent and unimportant does not wait for other replicas."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        served = _gate(Flower(agent := Agent()), lease, agent)
+        for path in ("/v1/fleet/send-node-heartbeat", "/v1/fleet/push-messages", "/v1/runtime/send-task-heartbeat"):
+            assert (await _request(served, path))[0] == 200
+        assert agent.asked == []
+
+    _run(test)
+
+
+def test_concurrent_changes_share_the_next_round_trip(lease: Lease) -> None:
+    """One request is under way; all that come meanwhile wait for one more, never for the one under way."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        served = _gate(Flower(agent := Agent()), lease, agent)
+        first = asyncio.create_task(_request(served, "/v1/fleet/register-node"))
+        await _settled()
+        others = [asyncio.create_task(_request(served, "/v1/fleet/register-node")) for _ in range(5)]
+        await _settled()
+        assert agent.asked == [1]
+        agent.answer(is_replicated=True)
+        assert (await first)[0] == 200
+        await _settled()
+        assert agent.asked == [1, 2]
+        assert not any(other.done() for other in others)
+        agent.answer(is_replicated=True)
+        assert [status for status, _ in await asyncio.gather(*others)] == [200] * 5
+        assert agent.asked == [1, 2]
+
+    _run(test)
+
+
+def test_nothing_is_asked_when_nobody_has_written_since(lease: Lease) -> None:
+    """A database that is as it was when it was last made safe needs no round trip; after a no it does."""
+
+    async def test() -> None:
+        agent = Agent()
+        for answer in (False, True):
+            waiting = asyncio.create_task(agent.replication.wait_replicated())
+            await _settled()
+            agent.answer(is_replicated=answer)
+            assert await waiting is answer
+        assert await agent.replication.wait_replicated()
+        assert agent.asked == [1, 2]
+
+    _run(test)
+
+
+def test_client_that_hangs_up_does_not_take_the_round_from_others() -> None:
+    """A cancelled request leaves the round trip that it shares alone."""
+
+    async def test() -> None:
+        agent = Agent()
+        first, second = (asyncio.create_task(agent.replication.wait_replicated()) for _ in range(2))
+        await _settled()
+        first.cancel()
+        await _settled()
+        agent.answer(is_replicated=True)
+        assert await second
+
+    _run(test)
+
+
+def test_answer_that_comes_too_late_is_ignored() -> None:
+    """The agent may answer a request that has been given up."""
+
+    async def test() -> None:
+        agent = Agent(timeout_s=0.01)
+        assert not await agent.replication.wait_replicated()
+        agent.answer(is_replicated=True)
+        assert not await agent.replication.wait_replicated()
+
+    _run(test)
+
+
+def test_superexec_gets_no_work_without_a_lease(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standby's SuperExec is kept waiting, then told that there is nothing; under a lease it is served."""
+
+    async def test() -> None:
+        app = Flower(agent := Agent())
+        served = _gate(app, lease, agent)
+        monkeypatch.setattr(gate, "_STANDBY_ANSWER_S", 0.03)
+        assert await _request(served, gate.ACQUIRE_TASK, PRIVATE) == (200, b"")
+        assert app.calls == 0
+        monkeypatch.setattr(gate, "_STANDBY_ANSWER_S", 60.0)
+        request = asyncio.create_task(_request(served, gate.ACQUIRE_TASK, PRIVATE))
+        await _settled()
+        assert not request.done()
+        lease.deadline_s = time.monotonic() + 60.0
+        assert await request == (200, b"the answer")
+
+    _run(test)
