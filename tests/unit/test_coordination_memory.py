@@ -87,6 +87,27 @@ def test_every_call_says_when_the_store_is_away(coordinator, store):
             call()
 
 
+def test_a_left_over_leadership_is_not_mistaken_for_that_of_a_faster_replica(tree, store, coordinator, monkeypatch):
+    """Between two reads of a campaign its own old session ends and another replica wins: it stays the leader."""
+    other_store = tree.store()
+    other_store.start(lambda: None, timeout_s=1)
+    other = Coordinator(other_store, replica_id=1, instance="second")
+    coordinator.campaign("start")
+    get = store.get
+
+    def get_late(key):
+        if key == "term":
+            monkeypatch.undo()
+            store.expire()
+            assert other.campaign("the leader is gone").term == 2
+        return get(key)
+
+    monkeypatch.setattr(store, "get", get_late)
+
+    assert coordinator.campaign("again") is None
+    assert other.leader().replica_id == 1
+
+
 def test_a_log_entry_is_read_once(coordinator, tree):
     """Committed rounds never change: a long log costs its new entries only."""
     leadership = coordinator.campaign("start")
