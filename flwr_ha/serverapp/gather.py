@@ -111,6 +111,8 @@ class Gathering:
                 next_look_s = self._now_s() + _NODES_INTERVAL_S
             self._run.report(self._state, decision.reason, nodes_online=self._nodes_online)
             if not isinstance(decision, Continue):
+                if self._now_s() >= phase.deadline_s:
+                    self._working.clear()  # an answer may be lost: whoever has not given one is asked again
                 return decision, self._ordered()
             self._run.clock.wait(pause_s)
 

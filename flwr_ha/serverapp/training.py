@@ -151,9 +151,12 @@ class Training:
 
 
 def _form(arrays: ArrayRecord) -> list[tuple[Any, ...]]:
-    """Return names, dtypes and, but for serialized models (flat bytes, which grow), shapes."""
+    """Return names and, but for serialized models (flat bytes, which grow), shapes.
+
+    Types are left out: FedAdam and its like turn float32 into float64.
+    """
     return [
-        (name, array.dtype, "any" if array.dtype == "uint8" and len(array.shape) == 1 else tuple(array.shape))
+        (name, "any" if array.dtype == "uint8" and len(array.shape) == 1 else tuple(array.shape))
         for name, array in arrays.items()
     ]
 

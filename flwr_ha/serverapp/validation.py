@@ -107,7 +107,7 @@ def _why_array(record: ArrayRecord, name: str, expectation: Expectation) -> str 
         return f"cannot be read: {error}"
     form = _form(values)
     wanted = expectation.shapes[name] if expectation.shapes is not None else form
-    if form != wanted and not _is_serialized_model(form, wanted):
+    if not (_is_alike(form, wanted) or _is_serialized_model(form, wanted)):
         return f"is {form[0]} {form[1]}, not {wanted[0]} {wanted[1]}"
     if values is not None and not _is_finite(values):
         return "holds NaN or infinite values"
@@ -116,6 +116,15 @@ def _why_array(record: ArrayRecord, name: str, expectation: Expectation) -> str 
 
 def _form(values: NDArray[Any] | None) -> tuple[str, tuple[int, ...]]:
     return ("bytes", ()) if values is None else (str(values.dtype), values.shape)
+
+
+def _is_alike(form: tuple[str, tuple[int, ...]], wanted: tuple[str, tuple[int, ...]]) -> bool:
+    """Whether shapes are the same, and dtypes but for the precision.
+
+    FedAdam and its like send float64 from the second round on; a float32 model answers in float32.
+    """
+    is_same_kind = form[0] == wanted[0] or (form[0].startswith("float") and wanted[0].startswith("float"))
+    return is_same_kind and form[1] == wanted[1]
 
 
 def _is_serialized_model(form: tuple[str, tuple[int, ...]], wanted: tuple[str, tuple[int, ...]]) -> bool:
