@@ -1,5 +1,6 @@
 """What every store must do."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -130,6 +131,18 @@ def test_an_ephemeral_entry_goes_when_its_owner_is_killed(process_cluster, event
         took_s = time.monotonic() - killed_s
 
     assert took_s < (0.5 if process_cluster.kind == "embedded" else 2.5)
+
+
+def test_an_ephemeral_entry_goes_when_its_owner_is_frozen(process_cluster, eventually):
+    """SIGSTOP: the process is there and says nothing; its session ends after the timeout, not before."""
+    other = process_cluster.store()
+    with process_cluster.holder("here") as process:
+        process.send_signal(signal.SIGSTOP)
+        frozen_s = time.monotonic()
+
+        eventually(lambda: other.get("here") is None, timeout_s=5, what="the end of the entry")
+
+        assert other.session_timeout_s * 2 / 3 < time.monotonic() - frozen_s < 3 * other.session_timeout_s
 
 
 def test_a_lost_session_takes_its_ephemeral_entries_and_a_new_one_follows(cluster, eventually):
