@@ -102,7 +102,7 @@ class Lane:
     def make_way(self, job: Job) -> None:
         """End a push that nobody waits for, because this job cannot do without the peer; the condition is held."""
         running = self._running
-        if running is not None and running is not job and running.give_up_at_s is not None:
+        if running is not None and running.digests != job.digests and running.give_up_at_s is not None:
             running.give_up_at_s = 0.0
             self._client.abort()
 

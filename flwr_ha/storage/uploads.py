@@ -127,6 +127,8 @@ class Upload:
     def _finish(self, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size
         if size < self.total_bytes:
+            if self._target.exists():  # another sender has finished, this is the start of one more upload
+                return
             raise OffsetError(size)
         self._notice_new_file(descriptor)
         self._catch_up(descriptor, size)
