@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from flwr_ha.replica.messages import (
 from flwr_ha.settings import ReplicaSettings
 from flwr_ha.superlink import events
 from flwr_ha.superlink.process import SuperLinkProcess
+from flwr_ha.superlink.procfs import ChildRecord
 
 log = logging.getLogger(__name__)
 TICK_S = 0.05
@@ -111,6 +112,7 @@ class Agent:
         self._last: Leadership | None = None
         self.life: Life | None = None
         self.beat_s = time.monotonic()
+        self.list_stale: Callable[[], Sequence[ChildRecord]] = tuple
         self.when_leading: Callable[[Life], None] | None = None
         self.when_replicate: Callable[[Life, events.ReplicateRequested], None] | None = None
         self.when_serverapp_died: Callable[[Life, events.ServerAppDied], None] | None = None
@@ -211,7 +213,7 @@ class Agent:
         if office is None or life is None or office.leadership.term != term:
             return  # the leadership was given up before its duties began
         try:
-            office.duties.take_over(str(self.settings.address))
+            office.duties.take_over(str(self.settings.address), self.list_stale())
         except HaError as error:
             self.post(TakeoverFailed(term, str(error)))
             return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from flwr_ha.replica.holdings import Holdings, Storage
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.superlink import linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
+from flwr_ha.superlink.procfs import ChildRecord, kill_stale_child
 from flwr_ha.superlink.snapshot import unfinished_runs
 
 log = logging.getLogger(__name__)
 FETCH_TIMEOUT_S = 600.0
-OPEN_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 3.0
+LOGS_EVERY_S = 10.0
+SLOWEST_BYTES_PER_S = 2e6  # a link to a standby that is slower than this counts as down
 PROTECT_CONTROL_TIMEOUT_S = 10.0
 PROTECT_TIMEOUT_S = 60.0
 
@@ -72,10 +76,21 @@ class Duties:
         self._database = database
         self._control_lock = threading.Lock()
         self._control_digest = ""
-        self._commit_lock = threading.Lock()
+        self._trouble = ""
+        self._known_fabs: dict[str, str] = {}
+        self._log_mark = 0
+        self._log_mark_s = float("-inf")
+        self._commit_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
-    def take_over(self, address: str) -> None:
+    def take_over(self, address: str, stale: Sequence[ChildRecord]) -> None:
         """Get the bytes, carry the control plane over, open the public socket.
+
+        Parameters
+        ----------
+        address : str
+            Public address, ``host:port``.
+        stale : sequence of ChildRecord
+            SuperLinks of earlier terms that may still hold this address on this machine.
 
         Raises
         ------
@@ -90,7 +105,23 @@ class Duties:
             self._ensure_checkpoints(unfinished_runs(snapshot))
             linkstate.restore(self._database, snapshot, tools.store.read, now_s=time.time())
             self._control_digest = control.digest
-        self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
+        self._open_public(address, stale)
+
+    def _open_public(self, address: str, stale: Sequence[ChildRecord]) -> None:
+        """Listen; end what holds the port if it is a frozen SuperLink of an earlier term.
+
+        One that runs closes its socket when its lease ends. One that is frozen cannot, and on a machine
+        that all replicas share it would keep every successor from serving.
+        """
+        try:
+            self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
+        except HaError:
+            ended = [record for record in stale if kill_stale_child(record, OPEN_TIMEOUT_S)]
+            if not ended:
+                raise
+            pids = ", ".join(str(record.pid) for record in ended)
+            self._tools.events.add("fenced", f"the frozen SuperLink of an earlier term was ended (process {pids})")
+            self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
 
     def _ensure_checkpoints(self, unfinished: frozenset[str]) -> None:
         for run_id, head in self._tools.coordinator.heads().items():
@@ -109,7 +140,9 @@ class Duties:
         tools = self._tools
         with self._control_lock:
             try:
-                control = linkstate.export(self._database, tools.store.put)
+                control = linkstate.export(
+                    self._database, tools.store.put, logs_until=self._logs_until(), known_fabs=self._known_fabs
+                )
                 digest = tools.store.put(control.snapshot)
                 if digest == self._control_digest:
                     return True
@@ -118,10 +151,19 @@ class Duties:
                 )
                 tools.coordinator.commit_control(self.leadership, digest, (tools.replica_id, *copies))
             except HaError as error:
-                tools.events.add("not-committed", f"control plane: {error}", term=self.leadership.term)
+                if str(error) != self._trouble:  # it is tried twice a second: say it once
+                    tools.events.add("not-committed", f"control plane: {error}", term=self.leadership.term)
+                self._trouble = str(error)
                 return False
-            self._control_digest = digest
+            self._control_digest, self._trouble = digest, ""
             return True
+
+    def _logs_until(self) -> int:
+        """Move the mark up to which logs are carried now and then: each move is a commit of its own."""
+        now_s = time.monotonic()
+        if now_s - self._log_mark_s >= LOGS_EVERY_S:
+            self._log_mark, self._log_mark_s = linkstate.log_mark(self._database), now_s
+        return self._log_mark
 
     def commit(self, run_id: str, body: Mapping[str, Any], check: Callable[[], None]) -> Head:
         """Make a round count.
@@ -148,7 +190,7 @@ class Duties:
             Not committed: try again.
         """
         tools = self._tools
-        with self._commit_lock:
+        with self._commit_locks[run_id]:
             done = tools.coordinator.head(run_id)
             if done is not None and done.position.digest == body["digest"]:
                 return done
@@ -182,7 +224,9 @@ class Duties:
 
     def _protect(self, run_id: str, digests: list[str]) -> tuple[int, ...]:
         try:
-            return self._tools.storage.protect(digests, needed=self._tools.needed_copies, timeout_s=PROTECT_TIMEOUT_S)
+            size_bytes = sum(self._tools.store.size(digest) for digest in digests)
+            timeout_s = PROTECT_TIMEOUT_S + size_bytes / SLOWEST_BYTES_PER_S
+            return self._tools.storage.protect(digests, needed=self._tools.needed_copies, timeout_s=timeout_s)
         except NoMajorityError as error:
             self._tools.events.add("not-committed", f"run {run_id}: {error}", run_id=run_id)
             raise

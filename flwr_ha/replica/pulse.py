@@ -16,6 +16,7 @@ from flwr_ha.model import Head, LeadershipChange, ReplicaState
 from flwr_ha.replica.agent import Agent
 from flwr_ha.replica.holdings import Holdings
 from flwr_ha.replica.messages import Crashed, Fenced, Renewed, Seen, StopAsked
+from flwr_ha.superlink.procfs import ChildRecord
 
 log = logging.getLogger(__name__)
 SHORTEST_GAP_S = 0.05
@@ -82,6 +83,7 @@ class Pulse:
         self._wake = wake
         self._stop = threading.Event()
         self._trouble = ""
+        self._superlinks: dict[int, ChildRecord] = {}
         self._published: Record | None = None
         self._published_s = float("-inf")
         self._threads = [
@@ -109,6 +111,10 @@ class Pulse:
     def is_alive(self) -> bool:
         """Whether its threads run."""
         return all(thread.is_alive() for thread in self._threads)
+
+    def last_superlinks(self) -> tuple[ChildRecord, ...]:
+        """Return the SuperLinks that the other replicas were last seen with, also of those that are gone."""
+        return tuple(self._superlinks.values())
 
     def _beat_for_ever(self) -> None:
         while not self._stop.is_set():
@@ -159,6 +165,9 @@ class Pulse:
             self._published, self._published_s = record, now_s
 
     def _remember(self, view: View, read_s: float) -> None:
+        for replica_id, record in view.replicas.items():
+            if replica_id != self._agent.settings.id and record.get("superlink"):
+                self._superlinks[replica_id] = ChildRecord.from_json(record["superlink"])
         old = self.sight
         logs = dict(old.logs)
         for run_id, head in view.heads.items():

@@ -6,8 +6,7 @@ import math
 import sqlite3
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,7 @@ class Replica:
         self._board = RunBoard()
         self._restarts = Restarts(limit=settings.serverapp_restarts, events=tools.events)
         self._control = ThreadPoolExecutor(max_workers=1, thread_name_prefix="control-plane")
+        self._observed: Future[bool] | None = None
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch_for_ever, name="watch")
         agent.when_replicate = self._on_replicate
@@ -68,6 +68,7 @@ class Replica:
             wake=wake,
             interval_s=pulse_s,
         )
+        agent.list_stale = self.pulse.last_superlinks
 
     def __enter__(self) -> Replica:
         self.pulse.__enter__()
@@ -177,11 +178,14 @@ class Replica:
         """Return term, replica, blob folder and committed head."""
         office = self._office()
         head = self._tools.coordinator.head(run_id)
+        server_round = head.position.server_round if head is not None else 0
+        previous = self._tools.coordinator.committed_round(run_id, server_round - 1) if server_round > 1 else None
         return {
             "term": office.leadership.term,
             "replica": self._tools.replica_id,
             "blobs": str(Path(self._tools.store.root).absolute()),
             "head": None if head is None else head.to_json(),
+            "previous": None if previous is None else previous.to_json(),
         }
 
     def commit(self, run_id: str, body: dict[str, Any]) -> Head:
@@ -251,7 +255,8 @@ class Replica:
     def _watch(self, watch: Watch, office: Office) -> None:
         for run_id in self._board.observe(watch.summary()):
             self._agent.post(RunSettled(run_id))
-        self._control.submit(office.duties.replicate_control)
+        if self._observed is None or self._observed.done():
+            self._observed = self._control.submit(office.duties.replicate_control)
         self._obey_switchover()
 
     def _obey_switchover(self) -> None:
@@ -262,7 +267,7 @@ class Replica:
 
 def _identity(life: Life | None) -> dict[str, Any] | None:
     """Return which process serves, so that a new leader on this machine can end it when it is frozen."""
-    return asdict(life.superlink.record) if life is not None and life.superlink.is_alive else None
+    return life.superlink.record.to_json() if life is not None and life.superlink.is_alive else None
 
 
 def _is_finite(value: object) -> bool:
