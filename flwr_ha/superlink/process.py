@@ -118,8 +118,9 @@ class SuperLinkProcess:
             It ended or is not ready in time: look into its log file, start a new one.
         """
         if not self._ready.wait(timeout_s) or self._exited.is_set():
-            what = "has ended" if self._exited.is_set() else f"is not ready after {timeout_s:g} s"
-            raise HaError(f"the SuperLink {what}; see {self._settings.log_file}.")
+            raise HaError(
+                f"the SuperLink has ended or is not ready after {timeout_s:g} s; see {self._settings.log_file}."
+            )
         return self._private_port
 
     def set_lease(self, deadline_s: float) -> None:
