@@ -7,6 +7,7 @@ folder must be on a local file system.
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Versioned
-from flwr_ha.coordination.sessions import SessionLock, is_lock_held, lock_path
+from flwr_ha.coordination.sessions import SessionFile, is_alive, session_path
 from flwr_ha.errors import CoordinationError
 
 LOGGER = logging.getLogger(__name__)
@@ -26,12 +27,12 @@ SCHEMA = (
     " (key TEXT PRIMARY KEY, parent TEXT NOT NULL, data BLOB NOT NULL, version INTEGER NOT NULL, session TEXT)"
     " WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS entries_by_parent ON entries (parent)",
-    "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, boot TEXT NOT NULL, expires_s REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, boot TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS changes (serial INTEGER NOT NULL)",
     "INSERT INTO changes SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM changes)",
 )
+DATABASE = "coordinator.db"
 POLL_S = 0.05
-RENEW = 1 / 6
 CALL_LIMIT = 1 / 3
 
 
@@ -46,10 +47,15 @@ class EmbeddedStore:
     """Implement `flwr_ha.coordination.protocol.Store` on a folder of this machine.
 
     A session lives while its process holds a lock on a file of its own, which the kernel frees at
-    the moment of its death, and while its lease in the database has not run out, for the case that
-    the process is frozen. All processes of one start of the machine share ``CLOCK_MONOTONIC``,
-    and SQLite applies writes one by one, so a transaction extends the lease with no delay:
-    two thirds of the timeout are a safe lease, and the last third is left for stopping.
+    the moment of its death, and while the lease in that file has not run out, for the case that the
+    process is frozen. A session ends in a transaction of whoever sees it dead, and a transaction
+    of its own extends the lease before it ends. SQLite lets one transaction write at a time, and
+    all processes of one start of the machine share ``CLOCK_MONOTONIC``: so whoever sees the session
+    dead after a transaction sees the longer lease. Two thirds of the timeout are a safe lease,
+    the last third is left for stopping.
+
+    A process that is frozen just while it writes (a fraction of a millisecond for each transaction)
+    holds up all others until it goes on or is killed: nobody leads then, and nothing is lost.
 
     Parameters
     ----------
@@ -65,7 +71,7 @@ class EmbeddedStore:
         self._boot = boot_id()
         self._mutex = threading.Lock()
         self._database: sqlite3.Connection | None = None
-        self._lock: SessionLock | None = None
+        self._own: SessionFile | None = None
         self._on_change: Callable[[], None] = lambda: None
         self._stop = threading.Event()
         self._poller = threading.Thread(target=self._run_poller, name="embedded-coordinator", daemon=True)
@@ -96,9 +102,9 @@ class EmbeddedStore:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
-                self._folder / "coordinator.db", timeout=timeout_s, isolation_level=None, check_same_thread=False
+                self._folder / DATABASE, timeout=timeout_s, isolation_level=None, check_same_thread=False
             )
-            for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", *SCHEMA):
+            for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", *SCHEMA):
                 self._database.execute(statement).close()
             self._database.execute(f"PRAGMA busy_timeout={int(self._session_timeout_s * CALL_LIMIT * 1000)}").close()
             with self._transaction():
@@ -124,27 +130,28 @@ class EmbeddedStore:
             for operation in operations:
                 _apply(database, operation, self._session)
             database.execute("UPDATE changes SET serial = serial + 1")
+        self._flush()
 
     def close(self) -> None:
         """End the session; may be called twice."""
         self._stop.set()
         if self._poller.is_alive():
             self._poller.join()
-        if self._database is not None and self._lock is not None:
+        if self._database is not None and self._own is not None:
             with suppress(CoordinationError), self._using() as database:
                 database.execute("BEGIN IMMEDIATE")
                 _drop_session(database, self._session)
                 database.execute("COMMIT")
         with self._mutex:
-            if self._lock is not None:
-                self._lock.release()
+            if self._own is not None:
+                self._own.release()
             if self._database is not None:
                 self._database.close()
-            self._lock = self._database = None
+            self._own = self._database = None
 
     @property
     def _session(self) -> str:
-        return "" if self._lock is None else self._lock.session
+        return "" if self._own is None else self._own.session
 
     def _select(self, query: str, key: str) -> list[tuple[Any, ...]]:
         """Answer a read, after the entries of dead sessions are gone."""
@@ -187,48 +194,69 @@ class EmbeddedStore:
                 if database.in_transaction:
                     database.execute("ROLLBACK")
 
+    def _flush(self) -> None:
+        """Wait until what was written is on the disk.
+
+        SQLite would do it while it holds the lock for writing. Here nobody waits meanwhile; others
+        may see what is not on the disk yet, but if power fails they are gone as well.
+        """
+        try:
+            descriptor = os.open(self._folder / f"{DATABASE}-wal", os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CoordinationError(f"the embedded coordinator in {self._folder} cannot be written: {error}") from error
+
     def _renew_session(self, database: sqlite3.Connection) -> None:
         """Sweep the dead sessions, then extend our own, or begin a new one where it was among them."""
         for session in self._dead_sessions(database):
             _drop_session(database, session)
-            lock_path(self._folder, session).unlink(missing_ok=True)
-        extend = "UPDATE sessions SET expires_s = ? WHERE id = ?"
+            session_path(self._folder, session).unlink(missing_ok=True)
         expires_s = time.monotonic() + self._session_timeout_s
-        if database.execute(extend, (expires_s, self._session)).rowcount:
+        lost = self._own
+        if lost is not None and self._is_known(database):
+            lost.extend(expires_s)
             return
-        lost = self._lock
-        self._lock = SessionLock(self._folder)
-        database.execute("INSERT INTO sessions VALUES (?, ?, ?)", (self._session, self._boot, expires_s))
+        self._own = SessionFile(self._folder, expires_s=expires_s)
+        database.execute("INSERT INTO sessions VALUES (?, ?)", (self._session, self._boot))
         if lost is not None:
             database.execute("COMMIT")
             lost.release()
             raise CoordinationError(f"the session with the embedded coordinator in {self._folder} was lost")
 
+    def _is_known(self, database: sqlite3.Connection) -> bool:
+        """Return whether nobody has ended our session."""
+        return database.execute("SELECT 1 FROM sessions WHERE id = ?", (self._session,)).fetchone() is not None
+
     def _dead_sessions(self, database: sqlite3.Connection) -> list[str]:
+        """Return the sessions to be ended; our own is not among them, as we are alive."""
         now_s = time.monotonic()
+        others = database.execute("SELECT id, boot FROM sessions WHERE id != ?", (self._session,)).fetchall()
         return [
             session
-            for session, boot, expires_s in database.execute("SELECT id, boot, expires_s FROM sessions").fetchall()
-            if boot != self._boot
-            or expires_s <= now_s
-            or (session != self._session and not is_lock_held(self._folder, session))
+            for session, boot in others
+            if boot != self._boot or not is_alive(self._folder, session, now_s=now_s)
         ]
 
     def _run_poller(self) -> None:
-        """Renew the lease, and tell of changes."""
-        seen, renew_at_s = -1, 0.0
+        """Extend the lease, and tell of changes."""
+        seen = -1
         while not self._stop.wait(min(POLL_S, self._session_timeout_s / 10)):
             try:
-                if time.monotonic() >= renew_at_s:
-                    renew_at_s = time.monotonic() + self._session_timeout_s * RENEW
-                    with self._transaction():
-                        pass  # it extends the lease
                 with self._using() as database:
+                    is_lost = not self._is_known(database)
+                    if self._own is not None and not is_lost:
+                        self._own.extend(time.monotonic() + self._session_timeout_s)
                     dead = self._dead_sessions(database)
                     serial = database.execute("SELECT serial FROM changes").fetchone()[0]
                 if dead or serial != seen:
                     seen = serial
                     self._on_change()
+                if is_lost:
+                    with self._transaction():
+                        pass  # it begins a new session
             except CoordinationError as error:
                 LOGGER.debug("%s", error)
                 self._on_change()

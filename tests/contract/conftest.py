@@ -14,7 +14,7 @@ import pytest
 from kazoo.client import KazooClient
 
 from flwr_ha.coordination.coordinator import Coordinator
-from flwr_ha.coordination.embedded import EmbeddedStore
+from flwr_ha.coordination.embedded import EmbeddedStore, _drop_session
 from flwr_ha.coordination.memory import MemoryStore, MemoryTree
 from flwr_ha.coordination.protocol import ConflictError, Operation, Store, Versioned
 from flwr_ha.coordination.zookeeper import ZooKeeperStore
@@ -27,7 +27,7 @@ START_TIMEOUT_S = 10.0
 HOLDER = """
 import sys
 from pathlib import Path
-from flwr_ha.coordination.embedded import EmbeddedStore
+from flwr_ha.coordination.embedded import EmbeddedStore, _drop_session
 from flwr_ha.coordination.protocol import Create
 from flwr_ha.coordination.zookeeper import ZooKeeperStore
 kind, place, root, timeout_s, key = sys.argv[1:]
@@ -117,7 +117,7 @@ class Cluster:
             inner.expire()
         elif isinstance(inner, EmbeddedStore):
             with closing(sqlite3.connect(Path(self._place) / "coordinator.db", timeout=10)) as database, database:
-                database.execute("UPDATE sessions SET expires_s = 0 WHERE id = ?", (inner._session,))
+                _drop_session(database, inner._session)  # what a session does that sees another one dead
         elif isinstance(inner, ZooKeeperStore):
             double = KazooClient(hosts=self._place, client_id=inner._client.client_id)
             double.start()
