@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
-KILL_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +223,8 @@ class Agent:
         self.tools.events.add("leading", f"serves {self.settings.address} in term {term}", term=term)
         self.post(TookOver(term))
         if self.when_leading is not None:
-            self.when_leading(life)
+            # A daemon: the end of this process does not wait for what it does, and ends its programs.
+            threading.Thread(target=self.when_leading, args=(life,), name="when-leading", daemon=True).start()
 
     def _stand_down(self, term: int, reason: str) -> None:
         office, self.office = self.office, None
@@ -244,7 +244,7 @@ class Agent:
     def _end_superlink(self) -> None:
         life, self.life = self.life, None
         if life is not None:
-            life.superlink.kill(KILL_TIMEOUT_S)
+            life.superlink.close()
 
     def _start_superlink_if_due(self) -> None:
         if self._start_due_s is None or time.monotonic() < self._start_due_s or self._is_done.is_set():

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from flwr_ha.superlink import linkstate
+from flwr_ha.superlink.tether import tethered
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 120.0
@@ -33,7 +34,7 @@ def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool) -
     """
     command = [sys.executable, "-m", __name__, str(folder), str(database), str(private_port), str(int(is_rerun))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(tethered(command), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         log.error("the app in %s could not be submitted within %.0f s", folder, TIMEOUT_S)
         return
@@ -58,7 +59,7 @@ def _main(folder: str, database: str, private_port: str, is_rerun: str) -> int:
         (Path(home) / "config.toml").write_text(connection, encoding="utf-8")
         flwr = Path(sys.executable).with_name("flwr")
         done = subprocess.run(
-            [str(flwr), "run", folder, "ha", "--format", "json"],
+            tethered([str(flwr), "run", folder, "ha", "--format", "json"]),
             env={**os.environ, "FLWR_HOME": home},
             capture_output=True,
             text=True,
