@@ -22,7 +22,8 @@ from flwr_ha.errors import CoordinationError
 from flwr_ha.local.zookeeper import LocalEnsemble
 from flwr_ha.model import Head, Position
 
-SESSION_TIMEOUT_S = 1.0
+SESSION_TIMEOUT_S = 2.0  # sessions must live through a busy machine
+MEMORY_TIMEOUT_S = 1.0
 START_TIMEOUT_S = 10.0
 HOLDER = """
 import sys
@@ -97,7 +98,7 @@ class Cluster:
         store: Store
         match self.kind:
             case "memory":
-                store = self._tree.store(session_timeout_s=SESSION_TIMEOUT_S)
+                store = self._tree.store(session_timeout_s=MEMORY_TIMEOUT_S)
             case "embedded":
                 store = EmbeddedStore(Path(self._place), session_timeout_s=SESSION_TIMEOUT_S)
             case _:

@@ -387,7 +387,7 @@ def test_closing_frees_the_leadership(pair, eventually):
 
     first.close()
 
-    eventually(lambda: second.campaign("the leader stopped") is not None, timeout_s=2)
+    eventually(lambda: second.campaign("the leader stopped") is not None, timeout_s=5)
     assert second.replicas() == {}
 
 

@@ -100,7 +100,7 @@ def test_an_ephemeral_entry_goes_at_close(cluster, eventually):
     owner.close()
 
     assert changed.wait(5)
-    eventually(lambda: other.get("here") is None, timeout_s=2)
+    eventually(lambda: other.get("here") is None, timeout_s=5)
     assert other.get("stays") is not None
 
 
@@ -109,7 +109,7 @@ def test_an_ephemeral_entry_survives_its_session_timeout_while_its_owner_lives(c
     other, owner = cluster.store(), cluster.store()
     owner.transact([Create("here", b"", is_ephemeral=True)])
 
-    end_s = time.monotonic() + 2.5 * owner.session_timeout_s
+    end_s = time.monotonic() + 2 * owner.session_timeout_s
     while time.monotonic() < end_s:
         assert other.get("here") is not None
         threading.Event().wait(0.05)
@@ -127,10 +127,10 @@ def test_an_ephemeral_entry_goes_when_its_owner_is_killed(process_cluster, event
         killed_s = time.monotonic()
 
         assert changed.wait(5), "nobody was told"
-        eventually(lambda: other.get("here") is None, timeout_s=2)
+        eventually(lambda: other.get("here") is None, timeout_s=5)
         took_s = time.monotonic() - killed_s
 
-    assert took_s < (0.5 if process_cluster.kind == "embedded" else 2.5)
+    assert took_s < other.session_timeout_s * (0.5 if process_cluster.kind == "embedded" else 2)
 
 
 def test_an_ephemeral_entry_goes_when_its_owner_is_frozen(process_cluster, eventually):
@@ -190,7 +190,7 @@ def test_a_transaction_proves_the_session_for_a_lease(cluster):
     store = cluster.store()
     store.transact([Create("a", b"")])
 
-    for _ in range(20):
+    for _ in range(15):
         started_s = time.monotonic()
         store.transact([Set("a", b"")])
         lease_s = store.proven_until(started_s) - started_s
