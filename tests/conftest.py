@@ -11,7 +11,7 @@ import pytest
 from flwr_ha.errors import ConfigError
 from flwr_ha.local.zookeeper import LocalEnsemble
 
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 60.0  # on a busy machine
 
 
 @pytest.fixture(scope="session")
