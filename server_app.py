@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from flwr_ha import HighlyAvailable
+from task import evaluate, load_held_out, new_net, use_one_deterministic_thread
 
 app = ServerApp()
 
@@ -21,8 +22,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train the network over all rounds, from wherever the last leader has stopped."""
-    from task import evaluate, load_held_out, new_net, use_one_deterministic_thread
-
     use_one_deterministic_thread()
     config: dict[str, object] = dict(context.run_config)
     min_nodes = int(str(config["min-nodes"]))

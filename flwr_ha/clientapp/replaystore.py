@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 from flwr.app import RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from flwr_ha.storage.files import fsync_folder, make_folder, temporary_file, write_all
 
 logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that a SuperNode shows it
 
@@ -71,7 +72,7 @@ class ReplayStore:
             logger.warning("a reply of %d bytes is more than the cache holds (%d)", size, self._max_bytes)
             return
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder)
             self._make_room(size)
             self._write(self._path(key), pieces)
         except OSError as error:
@@ -81,21 +82,12 @@ class ReplayStore:
         return self._folder / f"{key}.reply"
 
     def _write(self, path: Path, pieces: list[bytes]) -> None:
-        descriptor, name = tempfile.mkstemp(dir=self._folder, suffix=".new")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(path)
-        except BaseException:
-            _remove(Path(name))
-            raise
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with temporary_file(self._folder) as (descriptor, temporary):
+            for piece in pieces:
+                write_all(descriptor, piece)
+            os.fsync(descriptor)
+            temporary.replace(path)
+        fsync_folder(self._folder)
 
     def _make_room(self, size: int) -> None:
         """Drop what is too old, then the oldest, until `size` more bytes fit; others may do the same."""

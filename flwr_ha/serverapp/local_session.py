@@ -6,12 +6,14 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from flwr_ha.model import Head, Metrics, Position, RunStatus, utc_now
 from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.files import fsync_folder, temporary_file, write_all
 
 if TYPE_CHECKING:
     from flwr_ha.storage.checkpoint import Checkpoint
@@ -110,8 +112,8 @@ class LocalSession:
             metrics=metrics,
         )
         older = [entry for entry in self._heads if entry.run_id == self.run_id]
-        self._heads = [*older, head][-_KEPT:]
-        self._write()
+        self._write(heads := [*older, head][-_KEPT:])
+        self._heads = heads
         kept = {entry.position.digest for entry in self._heads}
         kept |= {part for digest in tuple(kept) for part in _parts(references, digest, self._store)}
         self._store.collect(kept, min_age_s=0.0)
@@ -142,19 +144,14 @@ class LocalSession:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointCorruptError(f"{self._file} cannot be read ({error!r}): remove it to start anew") from error
 
-    def _write(self) -> None:
-        temporary = self._file.with_suffix(".new")
+    def _write(self, heads: Sequence[Head]) -> None:
+        document = {"format": _FORMAT, "heads": [head.to_json() for head in heads]}
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump({"format": _FORMAT, "heads": [head.to_json() for head in self._heads]}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._file)
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            with temporary_file(self._folder) as (descriptor, path):
+                write_all(descriptor, json.dumps(document, indent=1).encode())
+                os.fsync(descriptor)
+                path.replace(self._file)
+            fsync_folder(self._folder)
         except OSError as error:
             raise CheckpointError(f"{self._file} cannot be written: {error.strerror}") from error
 

@@ -45,12 +45,20 @@ class ReplicaSession:
         ``publisher/name``.
     sleep : callable
         Waits for that many seconds; a seam for tests.
+    transport : httpx.BaseTransport, optional
+        Carries the requests; a seam for tests.
     """
 
     is_once_per_run = True
 
     def __init__(
-        self, settings: SessionSettings, *, run_id: str, app: str, sleep: Callable[[float], None] = time.sleep
+        self,
+        settings: SessionSettings,
+        *,
+        run_id: str,
+        app: str,
+        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.run_id = run_id
         self._app = app
@@ -59,6 +67,7 @@ class ReplicaSession:
             base_url=settings.url,
             headers={"Authorization": f"Bearer {settings.token}"},
             timeout=httpx.Timeout(_COMMIT_TIMEOUT_S, connect=5.0),
+            transport=transport,
             trust_env=False,  # a proxy has no business on loopback
         )
         self._store: BlobStore | None = None
