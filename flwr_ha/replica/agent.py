@@ -95,14 +95,20 @@ class Agent:
         Its parts.
     make_life : callable
         Makes one life of the SuperLink.
-    lease_s : float
-        Seconds for which an election proves the leadership, see `Store.lease_s`.
+    proven_until : callable
+        Says until when an election that began at a monotonic time proves the leadership, see `Store`.
     timing : Timing
         Waits of the state machine.
     """
 
     def __init__(
-        self, settings: ReplicaSettings, tools: Tools, make_life: MakeLife, *, lease_s: float, timing: Timing
+        self,
+        settings: ReplicaSettings,
+        tools: Tools,
+        make_life: MakeLife,
+        *,
+        proven_until: Callable[[float], float],
+        timing: Timing,
     ) -> None:
         self.settings = settings
         self.tools = tools
@@ -116,7 +122,7 @@ class Agent:
         self.when_replicate: Callable[[Life, events.ReplicateRequested], None] | None = None
         self.when_serverapp_died: Callable[[Life, events.ServerAppDied], None] | None = None
         self._make_life = make_life
-        self._lease_s = lease_s
+        self._proven_until = proven_until
         self._timing = timing
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._worker = ThreadPoolExecutor(max_workers=4, thread_name_prefix="office")
@@ -205,7 +211,7 @@ class Agent:
         self._last = leadership
         self.office = Office(leadership, Duties(self.tools, leadership, life.superlink, life.database))
         self.tools.events.add("elected", f"term {leadership.term}: {reason}", term=leadership.term)
-        self.post(Elected(leadership.term, before_s + self._lease_s))
+        self.post(Elected(leadership.term, self._proven_until(before_s)))
 
     def _take_over(self, term: int) -> None:
         office, life = self.office, self.life

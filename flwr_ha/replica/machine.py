@@ -4,7 +4,7 @@
 agent must do. The safety argument of the leadership stands here, and only here:
 
 * A replica serves only between `Elected` and the end of its lease. The lease runs from *before*
-  the transaction that proved it, and is shorter than the session (see `Store.lease_s`), so it has
+  the transaction that proved it, and is shorter than the session (see `Store.proven_until`), so it has
   ended before the coordinator lets anyone else be elected.
 * Whatever a replica that is wrong about its lease still does, it cannot commit: every commit
   checks the term in the same transaction (see `flwr_ha.coordination.coordinator`).

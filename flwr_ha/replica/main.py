@@ -89,7 +89,7 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         # ServerApps come over a listener of their own: on loopback, without TLS, not to be seen from the network.
         session_server = stack.enter_context(ApiServer(Endpoint("127.0.0.1", 0), tls=TlsSettings()))
         make_life = _life_maker(settings, folder, f"http://127.0.0.1:{session_server.port}")
-        agent = Agent(own, tools, make_life, lease_s=store.lease_s, timing=Timing())
+        agent = Agent(own, tools, make_life, proven_until=store.proven_until, timing=Timing())
         agent.when_leading = when_leading
         replica = Replica(settings, agent, tools, wake=wake, pulse_s=store.lease_s / PULSES_PER_LEASE)
         coordinator.join(replica.record(), wait_timeout_s=store.session_timeout_s + 2.0)
