@@ -258,7 +258,7 @@ def demo(
     coordinator: Annotated[str, typer.Option(help="zookeeper, embedded, or auto.")] = "auto",
 ) -> None:
     """Show it: a cluster on this machine trains the MNIST CNN while its leader is killed."""
-    from flwr_ha.demo import run_demo
+    from flwr_ha.demo.main import run_demo
 
     raise SystemExit(run_demo(Path.cwd(), rounds=rounds, kills=kill, coordinator=coordinator))
 
@@ -285,6 +285,9 @@ def run_example(folder: Path) -> int:
         rerun: Annotated[
             bool, typer.Option("--rerun", help="Submit the app though the cluster has a run of it.")
         ] = False,
+        run_config: Annotated[
+            str, typer.Option("--run-config", help="Values for the run, as `flwr run --run-config` takes them.")
+        ] = "",
     ) -> None:
         """Run one replica; the leader submits this app unless the cluster has a run of it already."""
         from flwr_ha.superlink.submit import submit
@@ -293,7 +296,8 @@ def run_example(folder: Path) -> int:
 
         def when_leading(life: Life) -> None:
             nonlocal is_submitted
-            submit(folder, life.database, life.superlink.private_port, is_rerun=rerun and not is_submitted)
+            is_again = rerun and not is_submitted
+            submit(folder, life.database, life.superlink.private_port, is_rerun=is_again, run_config=run_config)
             is_submitted = True
 
         named = config or (None if "FLWR_HA_CONFIG" in os.environ else folder / "pyproject.toml")

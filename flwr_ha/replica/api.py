@@ -52,6 +52,10 @@ class ReplicaStatus(Protocol):
         """Return the answer of ``GET /cluster``."""
         ...
 
+    def commits(self, run_id: str) -> list[dict[str, Any]] | None:
+        """Return the commit log of a run, oldest first; None where the cluster has no commit of it."""
+        ...
+
     def history(self) -> list[dict[str, Any]]:
         """Return the leadership changes, newest last."""
         ...
@@ -136,7 +140,14 @@ def _information_routes(replica: ReplicaStatus) -> list[Route]:
     async def events(request: Request) -> Response:
         return JSONResponse(replica.events_after(_whole_number(request, "after") or 0))
 
-    table = {"/cluster": cluster, "/history": history, "/events": events}
+    async def commits(request: Request) -> Response:
+        run_id = request.path_params["run_id"]
+        log = replica.commits(run_id)
+        if log is None:
+            raise HTTPException(404, f"run {run_id} has no committed round here")
+        return JSONResponse(log)
+
+    table = {"/cluster": cluster, "/history": history, "/events": events, "/runs/{run_id}/commits": commits}
     return [Route(path, endpoint, methods=["GET"]) for path, endpoint in table.items()]
 
 

@@ -128,6 +128,11 @@ class Replica:
         sight = self.pulse.sight
         return cluster_json(self._settings, sight.view, sight.logs)
 
+    def commits(self, run_id: str) -> list[dict[str, Any]] | None:
+        """Return the commit log of a run, oldest first; None where the cluster has no commit of it."""
+        log = self.pulse.sight.logs.get(run_id)
+        return None if log is None else [head.to_json() for head in log]
+
     def history(self) -> list[dict[str, Any]]:
         """Return the leadership changes, newest last."""
         return [change.to_json() for change in self.pulse.sight.history]

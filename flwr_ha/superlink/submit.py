@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 120.0
 
 
-def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool) -> None:
+def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool, run_config: str = "") -> None:
     """Run this module in a process of its own, since the agent does not import Flower.
 
     Parameters
@@ -31,8 +31,11 @@ def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool) -
         Port of the SuperLink on 127.0.0.1.
     is_rerun : bool
         Whether to submit the app though there is a run of it.
+    run_config : str
+        What ``flwr run --run-config`` takes; empty: the app's own values.
     """
     command = [sys.executable, "-m", __name__, str(folder), str(database), str(private_port), str(int(is_rerun))]
+    command += [run_config] if run_config else []
     try:
         done = subprocess.run(tethered(command), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -44,7 +47,7 @@ def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool) -
         log.error("the app in %s could not be submitted: %s", folder, (done.stdout + done.stderr).strip())
 
 
-def _main(folder: str, database: str, private_port: str, is_rerun: str) -> int:
+def _main(folder: str, database: str, private_port: str, is_rerun: str, run_config: str = "") -> int:
     from flwr.cli.build import build_fab_from_disk
 
     fab_hash = hashlib.sha256(build_fab_from_disk(Path(folder))).hexdigest()
@@ -58,8 +61,9 @@ def _main(folder: str, database: str, private_port: str, is_rerun: str) -> int:
         )
         (Path(home) / "config.toml").write_text(connection, encoding="utf-8")
         flwr = Path(sys.executable).with_name("flwr")
+        options = ["--run-config", run_config] if run_config else []
         done = subprocess.run(
-            tethered([str(flwr), "run", folder, "ha", "--format", "json"]),
+            tethered([str(flwr), "run", folder, "ha", "--format", "json", *options]),
             env={**os.environ, "FLWR_HOME": home},
             capture_output=True,
             text=True,
