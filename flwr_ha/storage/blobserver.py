@@ -32,7 +32,7 @@ from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import is_digest
 from flwr_ha.storage.files import CHUNK_BYTES, is_disk_full
-from flwr_ha.storage.uploads import OffsetError, Upload
+from flwr_ha.storage.uploads import LengthError, OffsetError, Upload
 
 _STALL_S = 60.0  # a sender that is silent for so long has to start a new request
 _Endpoint = Callable[[Request], Awaitable[Response]]
@@ -132,6 +132,8 @@ class _BlobServer:
             if await run_in_threadpool(self._store.is_good, upload.digest):  # somebody else has completed it
                 return Response(status_code=200)
             return _refusal(409, str(error), {"Upload-Offset": str(error.offset)})
+        except LengthError as error:
+            return _refusal(400, str(error))
         except CheckpointCorruptError as error:
             return _refusal(422, str(error))
         return Response(status_code=200)

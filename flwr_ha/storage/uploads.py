@@ -26,6 +26,10 @@ class OffsetError(CheckpointError):
         self.offset = offset
 
 
+class LengthError(CheckpointError):
+    """The sender has more bytes than it has announced: it is in error."""
+
+
 class Upload:
     """Collect the pieces of one blob in a partial file and publish it once it is verified.
 
@@ -71,11 +75,13 @@ class Upload:
         ------
         OffsetError
             The upload is elsewhere: send what it lacks.
+        LengthError
+            More bytes than announced.
         CheckpointError
-            More bytes than announced, or the disk refuses; a full disk drops the upload.
+            The disk refuses; a full disk drops the upload.
         """
         if offset + len(chunk) > self.total_bytes:
-            raise CheckpointError(f"more than the announced {self.total_bytes} bytes arrive for {self.digest}")
+            raise LengthError(f"more than the announced {self.total_bytes} bytes arrive for {self.digest}")
         with self._lock:
             descriptor = open_locked(self._partial, is_new=offset == 0)
             if descriptor is None:
