@@ -10,87 +10,41 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 
-from flwr_ha import tables
+from flwr_ha import cli_checkpoint, tables
 from flwr_ha.config import load_settings, zookeeper_home_from_environment
-from flwr_ha.errors import ConfigError, CoordinationError, HaError
+from flwr_ha.console import ConfigOption, JsonOption, WatchOption, run_guarded, show
+from flwr_ha.errors import ConfigError, CoordinationError
 from flwr_ha.operator import Operator, RequestRefusedError
+from flwr_ha.settings import Endpoint
 
 if TYPE_CHECKING:
     from flwr_ha.replica.agent import Life
     from flwr_ha.settings import Settings
 
 log = logging.getLogger(__name__)
-WATCH_EVERY_S = 1.0
-DONE, REFUSED, WRONG_USE = 0, 1, 2
+SWITCHOVER_TIMEOUT_S = 660.0
+NOTICE_S = 5.0
+POLL_S = 0.2
 
 app = typer.Typer(
     name="flwr-ha",
     help="A highly available Flower: look at a cluster, operate it, run its replicas.",
+    epilog="Exit status: 0 done, 1 refused or failed, 2 wrong use or wrong settings.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-checkpoints = typer.Typer(help="List and export the checkpoints of a run.", no_args_is_help=True)
-app.add_typer(checkpoints, name="checkpoint")
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="TOML file with the settings; else FLWR_HA_CONFIG, else ./pyproject.toml."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-WatchOption = Annotated[bool, typer.Option("--watch", help="Print it again every second, until Ctrl-C.")]
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 
 
 def main() -> None:
     """Run the command; errors become one sentence and an exit status."""
     raise SystemExit(run_guarded(app))
-
-
-def run_guarded(act: Callable[[], Any]) -> int:
-    """Run `act` and return the exit status: 0 done, 1 refused or failed, 2 wrong use or settings."""
-    try:
-        act()
-    except ConfigError as error:
-        return _complain(error, WRONG_USE)
-    except HaError as error:
-        return _complain(error, REFUSED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
-        return REFUSED
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else REFUSED if error.code else DONE
-    return DONE
-
-
-def _complain(error: HaError, status: int) -> int:
-    print(f"flwr-ha: {error}", file=sys.stderr)
-    return status
-
-
-def _show(make: Callable[[], Any], as_table: Callable[[Any], Any], *, as_json: bool, watch: bool = False) -> None:
-    console = Console(highlight=False)
-    if as_json:
-        while True:
-            print(json.dumps(make(), indent=None if watch else 2), flush=True)
-            if not watch:
-                return
-            time.sleep(WATCH_EVERY_S)
-    if not watch:
-        console.print(as_table(make()))
-        return
-    with Live(as_table(make()), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(WATCH_EVERY_S)
-            try:
-                live.update(as_table(make()), refresh=True)
-            except CoordinationError as error:
-                live.update(str(error), refresh=True)
 
 
 @app.command("list")
@@ -100,7 +54,7 @@ def list_cluster(config: ConfigOption = None, as_json: JsonOption = False, watch
     Example: flwr-ha list --watch
     """
     operator = Operator(load_settings(config))
-    _show(
+    show(
         lambda: operator.get("/cluster"),
         lambda cluster: Group(tables.replica_table(cluster), tables.run_table(cluster)),
         as_json=as_json,
@@ -109,18 +63,21 @@ def list_cluster(config: ConfigOption = None, as_json: JsonOption = False, watch
 
 
 @app.command()
-def history(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show who led from when, and why the leadership changed."""
+def history(config: ConfigOption = None, as_json: JsonOption = False, watch: WatchOption = False) -> None:
+    """Show who led from when, and why the leadership changed.
+
+    Example: flwr-ha history --json
+    """
     operator = Operator(load_settings(config))
-    _show(lambda: operator.get("/history"), tables.history_table, as_json=as_json)
+    show(lambda: operator.get("/history"), tables.history_table, as_json=as_json, watch=watch)
 
 
 @app.command()
 def switchover(
-    candidate: Annotated[int | None, typer.Option(help="Id of the replica that shall lead.")] = None,
+    candidate: Annotated[int | None, typer.Option(help="Id of the replica that shall lead; else any standby.")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the new leader.")] = 660.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the new leader.")] = SWITCHOVER_TIMEOUT_S,
 ) -> None:
     """Hand the leadership over after the round that is running: nothing is lost, nothing is trained twice.
 
@@ -129,32 +86,52 @@ def switchover(
     operator = Operator(load_settings(config))
     term = operator.get("/cluster")["term"]
     operator.post("/switchover", {"candidate": candidate})
-    deadline_s = time.monotonic() + timeout
-    while time.monotonic() < deadline_s:
-        cluster = operator.get("/cluster")
-        if cluster["term"] > term and cluster["leader"] is not None:
-            message = f"replica {cluster['leader']} leads in term {cluster['term']}"
-            print(json.dumps(cluster) if as_json else message)
-            return
-        time.sleep(0.2)
-    raise RequestRefusedError(f"the leadership has not changed within {timeout:g} s; it will after the running round")
+    cluster = _wait_cluster(operator, lambda seen: seen["term"] > term and seen["leader"] is not None, timeout)
+    if cluster is None:
+        raise RequestRefusedError(
+            f"the leadership has not changed within {timeout:g} s; it will after the running round: `flwr-ha list`"
+        )
+    print(json.dumps(cluster) if as_json else f"replica {cluster['leader']} leads in term {cluster['term']}")
+
+
+def _wait_cluster(
+    operator: Operator, condition: Callable[[dict[str, Any]], bool], timeout_s: float
+) -> dict[str, Any] | None:
+    """Return ``GET /cluster`` once `condition` is true of it, None where that takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        cluster: dict[str, Any] = operator.get("/cluster")
+        if condition(cluster):
+            return cluster
+        if time.monotonic() >= deadline_s:
+            return None
+        time.sleep(POLL_S)
 
 
 @app.command()
 def pause(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Forbid automatic failover, for maintenance of the coordinator, say."""
-    _set_paused("/pause", "automatic failover is paused", config, as_json)
+    """Forbid automatic failover, for maintenance of the coordinator, say.
+
+    Example: flwr-ha pause
+    """
+    _set_paused(True, "automatic failover is paused; `flwr-ha resume` allows it again", config, as_json)
 
 
 @app.command()
 def resume(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Allow automatic failover again."""
-    _set_paused("/resume", "automatic failover is on", config, as_json)
+    """Allow automatic failover again.
+
+    Example: flwr-ha resume
+    """
+    _set_paused(False, "automatic failover is on", config, as_json)
 
 
-def _set_paused(path: str, message: str, config: Path | None, as_json: bool) -> None:
-    Operator(load_settings(config)).post(path, {})
-    print(json.dumps({"message": message}) if as_json else message)
+def _set_paused(is_paused: bool, message: str, config: Path | None, as_json: bool) -> None:
+    operator = Operator(load_settings(config))
+    operator.post("/pause" if is_paused else "/resume", {})
+    if _wait_cluster(operator, lambda cluster: cluster["paused"] == is_paused, NOTICE_S) is None:
+        raise RequestRefusedError(f"it was asked for, but the replicas do not show it after {NOTICE_S:g} s")
+    print(json.dumps({"paused": is_paused}) if as_json else message)
 
 
 @app.command()
@@ -192,63 +169,36 @@ def zookeeper(
     folder: Annotated[Path, typer.Option(help="Where the nodes keep their data.")] = Path(".flwr-ha/zookeeper"),
     config: ConfigOption = None,
 ) -> None:
-    """Run a local ZooKeeper ensemble in the foreground, on the ports of the coordinator setting."""
+    """Run a local ZooKeeper ensemble in the foreground, on the ports of the coordinator setting; Ctrl-C ends it.
+
+    Example: flwr-ha zookeeper
+    """
     from flwr_ha.local.zookeeper import LocalEnsemble
 
     settings = load_settings(config)
     if settings.is_embedded:
-        raise ConfigError("coordinator is embedded: no ZooKeeper is needed")
+        raise ConfigError("coordinator is embedded: no ZooKeeper is needed, start the replicas")
     set_up_logging()
-    ports = [int(host.rsplit(":", 1)[1]) for host in settings.zookeeper_hosts.split(",")]
-    home = zookeeper_home_from_environment()
-    with LocalEnsemble(
+    hosts = [Endpoint.parse(host, setting="coordinator") for host in settings.zookeeper_hosts.split(",")]
+    if not all(host.is_loopback for host in hosts):
+        raise ConfigError(f"coordinator = {settings.coordinator!r} names other machines: start ZooKeeper there")
+    ports, home = [host.port for host in hosts], zookeeper_home_from_environment()
+    ensemble = LocalEnsemble(
         folder.absolute(), size=len(ports), client_ports=ports, tick_time_ms=1000, is_durable=True, home=home
-    ) as ensemble:
-        ensemble.wait_ready(60.0)
-        print(f"ZooKeeper serves {ensemble.connect_string}; Ctrl-C ends it", flush=True)
-        wait_for_signal()
-
-
-def wait_for_signal() -> None:
-    """Return when SIGTERM or SIGINT is received."""
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    signal.sigwait(signals)
-
-
-@checkpoints.command("list")
-def list_checkpoints(
-    run: Annotated[str, typer.Argument(help="Flower's run id.")],
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the committed rounds of a run."""
-    from flwr_ha.exporting import committed_rounds
-
-    settings = load_settings(config)
-    _show(
-        lambda: committed_rounds(settings, run),
-        lambda entries: tables.checkpoint_table(run, entries),
-        as_json=as_json,
     )
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with ensemble:
+            ensemble.wait_ready(60.0)
+            print(f"ZooKeeper serves {ensemble.connect_string}; Ctrl-C ends it", flush=True)
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        print("ZooKeeper is ended; its data stays", flush=True)
 
 
-@checkpoints.command("export")
-def export_checkpoint(
-    run: Annotated[str, typer.Argument(help="Flower's run id.")],
-    out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
-    server_round: Annotated[int | None, typer.Option("--round", help="Round; the newest if not given.")] = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write the model of a committed round into one safetensors file; works with the cluster down, too.
-
-    Example: flwr-ha checkpoint export 1951071765553103618 --out model.safetensors
-    """
-    from flwr_ha.exporting import export_round
-
-    entry = export_round(load_settings(config), run, server_round, out)
-    print(json.dumps(entry) if as_json else f"round {entry['server_round']} of run {run} is in {out}")
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 @app.command()
@@ -257,7 +207,12 @@ def demo(
     kill: Annotated[int, typer.Option(help="Leaders to kill on the way.")] = 1,
     coordinator: Annotated[str, typer.Option(help="zookeeper, embedded, or auto.")] = "auto",
 ) -> None:
-    """Show it: a cluster on this machine trains the MNIST CNN while its leader is killed."""
+    """Show it: a cluster on this machine trains the MNIST CNN while its leader is killed.
+
+    Runs the app of this folder; logs and data go to .flwr-ha/demo.
+
+    Example: flwr-ha demo --rounds 8 --kill 2 --coordinator embedded
+    """
     from flwr_ha.demo.main import run_demo
 
     raise SystemExit(run_demo(Path.cwd(), rounds=rounds, kills=kill, coordinator=coordinator))

@@ -59,7 +59,10 @@ class Operator:
                 return self._ask_one(replica, method, path, body, headers)
             except (httpx.TransportError, CoordinationError) as error:
                 failures.append(f"replica {replica.id} at {replica.api}: {error}")
-        raise CoordinationError(f"no replica of cluster {self._settings.cluster!r} answers: {'; '.join(failures)}")
+        raise CoordinationError(
+            f"no replica of cluster {self._settings.cluster!r} answers, start one or name the settings of a running "
+            f"cluster with --config: {'; '.join(failures)}"
+        )
 
     def _ask_one(
         self, replica: ReplicaSettings, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str]

@@ -82,16 +82,16 @@ def history_table(history: list[dict[str, Any]]) -> Table:
 
 
 def checkpoint_table(run_id: str, entries: list[dict[str, Any]]) -> Table:
-    """Return the kept checkpoints of one run."""
-    table = Table(title=f"Checkpoints of run {run_id}", title_justify="left")
-    for heading in ("Round", "Term", "Bytes", "Copies on", "Committed at", "Model digest"):
+    """Return the committed rounds of one run."""
+    table = Table(title=f"Committed rounds of run {run_id}", title_justify="left")
+    for heading in ("Round", "Term", "Kept", "Bytes", "Committed at", "Model digest"):
         table.add_column(heading)
     for entry in entries:
         table.add_row(
             str(entry["server_round"]),
             str(entry["term"]),
+            "yes" if entry["kept"] else "no",
             f"{entry['bytes']:,}",
-            ", ".join(map(str, entry["copies"])),
             entry["committed_at"],
             entry["model_digest"],
         )

@@ -44,6 +44,7 @@ class ApiServer:
             log_config=None,
             access_log=False,
             lifespan="off",
+            ws="none",  # nothing here speaks WebSocket, and its library need not be loaded
             timeout_graceful_shutdown=1,
             ssl_certfile=self._tls.cert,
             ssl_keyfile=self._tls.key,

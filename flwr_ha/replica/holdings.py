@@ -12,6 +12,7 @@ from flwr_ha.errors import CheckpointError, HaError
 from flwr_ha.model import Head
 from flwr_ha.storage import checkpoint
 from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.committed import write_committed
 from flwr_ha.superlink import linkstate
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Holdings:
         self._wanted_since: dict[str, float] = {}
         self._held: dict[str, Head] = {}
         self._collected_s = time.monotonic()
+        self._noted: dict[str, Head] = {}
         self.lag_rounds = 0
 
     @property
@@ -75,9 +77,21 @@ class Holdings:
         if view.control is not None:
             self._is_here(view.control.digest, now_s, may_fetch=not is_leader, is_control=True)
         self.lag_rounds = lag
+        self._note_commits(view)
         if now_s - self._collected_s >= COLLECT_EVERY_S:
             self._collected_s = now_s
             self.collect(view)
+
+    def _note_commits(self, view: View) -> None:
+        """Keep the commit log beside the blobs, so that they can be exported with the cluster down."""
+        if self._noted == view.heads:
+            return
+        try:
+            write_committed(self._store.root, {run_id: self._coordinator.commit_log(run_id) for run_id in view.heads})
+        except HaError as error:
+            log.warning("the commit log is not on this disk: %s", error)
+            return
+        self._noted = dict(view.heads)
 
     def _is_here(self, digest: str, now_s: float, *, may_fetch: bool, is_control: bool = False) -> bool:
         if self.missing(digest, is_control=is_control):

@@ -1,0 +1,89 @@
+"""What all commands share: options, output, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from flwr_ha.errors import ConfigError, CoordinationError, HaError
+
+WATCH_EVERY_S = 1.0
+DONE, REFUSED, WRONG_USE = 0, 1, 2
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file with the settings; else FLWR_HA_CONFIG, else ./pyproject.toml."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Print it again every second, until Ctrl-C.")]
+
+
+def run_guarded(act: Callable[[], Any]) -> int:
+    """Run `act` and return the exit status: 0 done, 1 refused or failed, 2 wrong use or settings."""
+    try:
+        act()
+    except ConfigError as error:
+        return _complain(error, WRONG_USE)
+    except HaError as error:
+        return _complain(error, REFUSED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        return REFUSED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else REFUSED if error.code else DONE
+    return DONE
+
+
+def _complain(error: HaError, status: int) -> int:
+    print(f"flwr-ha: {error}", file=sys.stderr)
+    return status
+
+
+def show(make: Callable[[], Any], as_table: Callable[[Any], Any], *, as_json: bool, watch: bool = False) -> None:
+    """Print what `make` returns, as JSON or as a table; with `watch` again and again, until Ctrl-C.
+
+    While it watches, a cluster that does not answer is shown as such: it may come back.
+    """
+    if not watch:
+        value = make()
+        if as_json:
+            print(json.dumps(value, indent=2), flush=True)
+        else:
+            Console(highlight=False).print(as_table(value))
+        return
+    try:
+        if as_json:
+            _watch_json(make)
+        else:
+            _watch_table(make, as_table)
+    except KeyboardInterrupt:
+        return
+
+
+def _watch_json(make: Callable[[], Any]) -> None:
+    """Print one line a second."""
+    while True:
+        try:
+            print(json.dumps(make()), flush=True)
+        except CoordinationError as error:
+            print(json.dumps({"error": str(error)}), flush=True)
+        time.sleep(WATCH_EVERY_S)
+
+
+def _watch_table(make: Callable[[], Any], as_table: Callable[[Any], Any]) -> None:
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        while True:
+            try:
+                live.update(as_table(make()), refresh=True)
+            except CoordinationError as error:
+                live.update(str(error), refresh=True)
+            time.sleep(WATCH_EVERY_S)

@@ -1,0 +1,191 @@
+"""The command line, with a cluster that is a fake."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flwr_ha import cli, console
+from flwr_ha.errors import CoordinationError
+from flwr_ha.operator import RequestRefusedError
+
+CONFIG = """
+cluster = "c"
+coordinator = "embedded:coordinator"
+[[replicas]]
+id = 0
+address = "127.0.0.1:8000"
+api = "127.0.0.1:8010"
+"""
+
+
+class FakeOperator:
+    """A cluster of one replica that does what it is asked at once."""
+
+    def __init__(self, settings: object) -> None:
+        self.posts = POSTS
+        self.state = STATE
+
+    def get(self, path: str) -> Any:
+        if STATE.get("down"):
+            raise CoordinationError("no replica of cluster 'c' answers")
+        if path == "/history":
+            return [{"term": 1, "leader": 0, "at": "2026-11-24T03:00:00Z", "reason": "first"}]
+        replica = {"id": 0, "role": "leader", "state": "running", "address": "a:1", "api": "a:2", "lag_rounds": 0}
+        return {
+            "cluster": "c",
+            "term": STATE.get("term", 1),
+            "leader": 0,
+            "paused": STATE.get("paused", False),
+            "replicas": [replica],
+            "runs": [],
+        }
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        POSTS.append((path, body))
+        if path == "/switchover" and body["candidate"] == 9:
+            raise RequestRefusedError("replica 9 is not a healthy standby")
+        if path == "/switchover":
+            STATE["term"] = 2
+        else:
+            STATE["paused"] = path == "/pause"
+        return {}
+
+
+POSTS: list[tuple[str, dict[str, Any]]] = []
+STATE: dict[str, Any] = {}
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs ``flwr-ha`` and returns exit status, output and complaints."""
+    POSTS.clear()
+    STATE.clear()
+    monkeypatch.setattr(cli, "Operator", FakeOperator)
+    monkeypatch.setenv("COLUMNS", "160")
+    config = tmp_path / "c.toml"
+    config.write_text(CONFIG)
+
+    def run_it(*arguments: str, config: Path = config) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flwr-ha", *arguments, "--config", str(config)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        output = capsys.readouterr()
+        return int(exit_.value.code or 0), output.out, output.err
+
+    return run_it
+
+
+def test_list_shows_replicas_as_a_table_and_as_json(run):
+    """People get a table, programs get what the replicas answer."""
+    status, out, _ = run("list")
+    assert status == 0
+    assert "leader" in out
+
+    status, out, _ = run("list", "--json")
+    assert status == 0
+    assert json.loads(out)["replicas"][0]["id"] == 0
+
+
+def test_pause_is_shown_in_the_table_until_resume(run):
+    """A paused cluster says so."""
+    assert run("pause")[0] == 0
+    assert "failover is paused" in run("list")[1]
+    assert json.loads(run("resume", "--json")[1]) == {"paused": False}
+    assert "failover is paused" not in run("list")[1]
+    assert [path for path, _ in POSTS] == ["/pause", "/resume"]
+
+
+def test_history_names_the_reason(run):
+    """Each leadership change is a row."""
+    status, out, _ = run("history")
+    assert status == 0
+    assert "first" in out
+
+
+def test_switchover_waits_for_the_new_term(run):
+    """It says who leads now."""
+    status, out, _ = run("switchover", "--candidate", "0")
+    assert status == 0
+    assert out.strip() == "replica 0 leads in term 2"
+
+
+def test_refused_switchover_is_one_sentence_and_status_1(run):
+    """The cluster's own reason reaches the user."""
+    status, out, err = run("switchover", "--candidate", "9")
+    assert status == 1
+    assert out == ""
+    assert err.strip() == "flwr-ha: replica 9 is not a healthy standby"
+
+
+def test_cluster_that_does_not_answer_is_status_1(run):
+    """Nothing is wrong with the command, but it failed."""
+    STATE["down"] = True
+    status, _, err = run("list")
+    assert status == 1
+    assert err.count("\n") == 1
+
+
+def test_missing_settings_file_is_status_2(run, tmp_path):
+    """The file is named."""
+    status, _, err = run("list", config=tmp_path / "absent.toml")
+    assert status == 2
+    assert "absent.toml" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("checkpoint", "export", "12"), "--out FILE.safetensors"),
+        (("checkpoint", "export", "12", "--out", "/no/such/folder/x"), "/no/such/folder"),
+        (("checkpoint", "list", "../12"), "is not a run id"),
+        (("zookeeper",), "no ZooKeeper is needed"),
+        (("replica", "--id", "7"), "--id 7"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_status_2(run, arguments, words):
+    """No traceback, and what to change is named."""
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_unknown_option_is_status_2(run):
+    """The parser's own errors have the same status."""
+    assert run("list", "--nonsense")[0] == 2
+
+
+def test_watch_goes_on_while_the_cluster_is_away_and_ends_well_with_ctrl_c(monkeypatch, capsys):
+    """A cluster that does not answer may come back; Ctrl-C is the way to end it, not a failure."""
+    answers = iter([{"n": 1}, CoordinationError("away"), {"n": 2}])
+
+    def make() -> Any:
+        answer = next(answers, None)
+        if answer is None:
+            raise KeyboardInterrupt
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(console, "WATCH_EVERY_S", 0.0)
+    console.show(make, str, as_json=True, watch=True)
+
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"n": 1}, {"error": "away"}, {"n": 2}]
+
+
+@pytest.mark.parametrize(
+    "command", ["list", "history", "switchover", "pause", "resume", "replica", "zookeeper", "demo"]
+)
+def test_help_of_each_command_has_an_example(command, monkeypatch, capsys):
+    """A user who asks for help can copy a line."""
+    monkeypatch.setattr(sys, "argv", ["flwr-ha", command, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert f"Example: flwr-ha {command}" in capsys.readouterr().out
