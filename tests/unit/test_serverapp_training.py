@@ -401,6 +401,23 @@ def test_an_aggregation_without_a_model_is_an_attempt_that_failed(world):
     same(found, wanted)
 
 
+def test_replies_that_aggregation_has_spoiled_are_fetched_again(world):
+    """FedTrimmedAvg empties the replies: a second attempt must not aggregate what is left of them."""
+
+    class Moody(FedTrimmedAvg):
+        tries = 0
+
+        def aggregate_train(self, server_round, replies):
+            Moody.tries += 1
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            return (None, None) if Moody.tries == 1 else (arrays, metrics)
+
+    wanted = world.start(world.grid(), FedTrimmedAvg(), rounds=2, keep=False)
+    grid = world.grid()
+    same(world.start(grid, Moody(), rounds=2, keep=False), wanted)
+    assert grid.groups[5:10] == ["1"] * 5  # clients may answer from their caches
+
+
 class FencedSession(NullSession):
     """A replica that was deposed before round 2."""
 
