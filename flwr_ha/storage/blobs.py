@@ -13,17 +13,9 @@ from io import BufferedReader
 from pathlib import Path
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.storage import files
 from flwr_ha.storage.digests import PREFIX, BlobCorruptError, BlobMissingError, is_digest, validate_digest
-from flwr_ha.storage.files import (
-    CHUNK_BYTES,
-    Buffer,
-    disk_errors,
-    fsync_folder,
-    locked,
-    make_folder,
-    temporary_file,
-    write_all,
-)
+from flwr_ha.storage.files import CHUNK_BYTES, Buffer, disk_errors, locked
 from flwr_ha.storage.uploads import Upload, partial_bytes
 
 _UPLOADS_AT_ONCE = 32
@@ -56,7 +48,7 @@ class BlobStore:
         self._temporary, self._corrupt = root / "temporary", root / "corrupt"
         with disk_errors(root):
             for folder in (root, self._blobs, self._partial, self._temporary, self._corrupt):
-                make_folder(folder)
+                files.make_folder(folder)
         self._verified: dict[str, _Stamp] = {}
         self._uploads: dict[str, Upload] = {}
         self._uploads_lock = threading.Lock()
@@ -74,7 +66,7 @@ class BlobStore:
         try:
             return self.path(digest).stat().st_size
         except FileNotFoundError:
-            raise _missing(digest, self.root) from None
+            raise BlobMissingError(digest, f"{digest} is not in {self.root}") from None
 
     def partial_bytes(self, digest: str) -> int:
         """Return how much of a blob an unfinished upload has left here."""
@@ -134,7 +126,7 @@ class BlobStore:
             except FileNotFoundError:
                 return False
             if not is_known:  # another process may have renamed it but not yet have fsynced the folder
-                fsync_folder(self._blobs)
+                files.fsync_folder(self._blobs)
         return self.is_good(digest)
 
     def is_good(self, digest: str) -> bool:
@@ -183,7 +175,7 @@ class BlobStore:
         try:
             return self.path(digest).open("rb")
         except FileNotFoundError:
-            raise _missing(digest, self.root) from None
+            raise BlobMissingError(digest, f"{digest} is not in {self.root}") from None
         except OSError as error:
             raise CheckpointError(f"cannot read {digest} in {self.root}: {error.strerror}") from error
 
@@ -244,32 +236,25 @@ class BlobStore:
         tuple of str
             Digests of the removed blobs.
         """
-        kept = set(keep)
+        kept = {self.path(digest) for digest in keep}
         before_s = time.time() - min_age_s  # the file system stamps files with the wall clock
-        gone = tuple(d for d in self.digests() if d not in kept and self._remove_if_older(self.path(d), before_s))
-        for folder in (self._partial, self._temporary, self._corrupt):
-            for path in folder.iterdir():
-                self._remove_if_older(path, before_s)
-        return gone
-
-    def _remove_if_older(self, path: Path, before_s: float) -> bool:
-        # The lock keeps a blob that `refresh` finds good from being removed on an older look at it.
-        with disk_errors(self.root), locked(self.root / "lock"):
-            try:
-                if path.stat().st_ctime > before_s:
-                    return False
-                path.unlink()
-            except FileNotFoundError:
-                return False
-        return True
+        gone = []
+        for folder in (self._blobs, self._partial, self._temporary, self._corrupt):
+            for path in sorted(set(folder.iterdir()) - kept):
+                # The lock keeps a blob that `refresh` finds good from being removed on an older look at it.
+                with disk_errors(self.root), locked(self.root / "lock"), suppress(FileNotFoundError):
+                    if path.stat().st_ctime <= before_s:
+                        path.unlink()
+                        gone.append(path)
+        return tuple(PREFIX + path.name for path in gone if path.parent == self._blobs)
 
     def _write(self, chunks: Iterable[Buffer], *, expected: str = "", is_hashed: bool = False) -> str:
         sha = hashlib.sha256()
-        with disk_errors(self.root), temporary_file(self._temporary) as (descriptor, temporary):
+        with disk_errors(self.root), files.temporary_file(self._temporary) as (descriptor, temporary):
             for chunk in chunks:
                 if not is_hashed:
                     sha.update(chunk)
-                write_all(descriptor, chunk)
+                files.write_all(descriptor, chunk)
             digest = expected if is_hashed else PREFIX + sha.hexdigest()
             if expected and digest != expected:
                 raise CheckpointCorruptError(f"the bytes to be stored are {digest}, not {expected}")
@@ -280,9 +265,10 @@ class BlobStore:
         """Give a complete file its name; in this order a power cut leaves the whole blob or none."""
         os.fsync(descriptor)
         path.replace(self.path(digest))
-        fsync_folder(self._blobs)
+        files.fsync_folder(self._blobs)
         self._verified[digest] = _stamp(os.fstat(descriptor))
-        self._uploads.pop(digest, None)
+        with self._uploads_lock:
+            self._uploads.pop(digest, None)
 
     @contextmanager
     def _read_errors(self, digest: str) -> Iterator[None]:
@@ -297,7 +283,7 @@ class BlobStore:
             self._verified[digest] = _stamp(status)
             return
         self._move_away(digest, status)
-        raise BlobCorruptError(digest, f"the bytes of {digest} in {self.root} have changed (now sha256:{found})")
+        raise BlobCorruptError(digest, f"the bytes of {digest} in {self.root} have changed")
 
     def _move_away(self, digest: str, status: os.stat_result | None = None) -> None:
         """Put a bad blob where nobody reads it, unless a good one has already taken its place."""
@@ -311,7 +297,3 @@ class BlobStore:
 
 def _stamp(status: os.stat_result) -> _Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _missing(digest: str, root: Path) -> BlobMissingError:
-    return BlobMissingError(digest, f"{digest} is not in {root}")
