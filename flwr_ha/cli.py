@@ -197,6 +197,30 @@ def zookeeper(
         print("ZooKeeper is ended; its data stays", flush=True)
 
 
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(help="Folder for ca.crt, ca.key, server.crt, server.key.")],
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="A further name or address, a load balancer's say; repeatable.")
+    ] = None,
+    days: Annotated[int, typer.Option(help="How long the certificates are good.", min=1)] = 365,
+    config: ConfigOption = None,
+) -> None:
+    """Make a development certificate authority, and a certificate for all addresses of the cluster.
+
+    Called again it makes a new certificate, signed by the same authority.
+
+    Example: flwr-ha certs certs --host flower.example.org
+    """
+    from flwr_ha.certs import write_certificates
+
+    settings = load_settings(config)
+    hosts = [endpoint.host for each in settings.replicas for endpoint in (each.address, each.api)]
+    for path in write_certificates(folder, [*hosts, *(host or [])], days=days):
+        print(path)
+    print(f'[tool.flwr-ha.tls]\nca = "{folder}/ca.crt"\ncert = "{folder}/server.crt"\nkey = "{folder}/server.key"')
+
+
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_ha.errors import ConfigError
-from flwr_ha.settings import Endpoint, ReplicaSettings, SessionSettings, Settings, TlsSettings
+from flwr_ha.settings import Endpoint, ReplicaSettings, SessionSettings, Settings, TlsSettings, ZooKeeperSettings
 
 DEFAULT_FILE = "pyproject.toml"
 
@@ -28,6 +28,7 @@ _KEYS = {
     "max-blob-bytes": ("max_blob_bytes", int),
     "enable-supernode-auth": ("enable_supernode_auth", bool),
     "tls": ("tls", dict),
+    "zookeeper": ("zookeeper", dict),
     "replicas": ("replicas", list),
 }
 
@@ -85,6 +86,7 @@ def parse_settings(table: Mapping[str, Any], *, folder: Path) -> Settings:
     if coordinator.startswith("embedded:") and coordinator != "embedded:":
         values["coordinator"] = f"embedded:{folder / coordinator.removeprefix('embedded:')}"
     values["tls"] = _tls(values.get("tls", {}), folder)
+    values["zookeeper"] = _zookeeper(values.get("zookeeper", {}), folder)
     values["replicas"] = tuple(_replica(entry) for entry in values["replicas"])
     return Settings(**values)
 
@@ -123,6 +125,17 @@ def _tls(table: Mapping[str, Any], folder: Path) -> TlsSettings:
     return TlsSettings(**paths)
 
 
+def _zookeeper(table: Mapping[str, Any], folder: Path) -> ZooKeeperSettings:
+    paths = ("ca", "cert", "key", "password-file")
+    _refuse_unknown(table, (*paths, "auth", "user"), where="zookeeper.")
+    values = {
+        key.replace("-", "_"): _converted(f"zookeeper.{key}", value, Path if key in paths else str, folder)
+        for key, value in table.items()
+        if value
+    }
+    return ZooKeeperSettings(**values)
+
+
 def _replica(entry: Any) -> ReplicaSettings:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"replicas: {entry!r} is not a table with id, address and api")
@@ -152,15 +165,31 @@ def load_secret(settings: Settings) -> str:
     path = settings.secret_file or settings.data_dir / "secret"
     if settings.secret_file is None and not path.exists():
         _make_secret(path)
+    return _read_private(path, setting="secret-file", min_chars=16)
+
+
+def load_zookeeper_password(settings: Settings) -> str:
+    """Return the password towards ZooKeeper; empty where there is none.
+
+    Raises
+    ------
+    ConfigError
+        The file that ``zookeeper.password-file`` names is missing, empty or readable by others.
+    """
+    path = settings.zookeeper.password_file
+    return "" if path is None else _read_private(path, setting="zookeeper.password-file", min_chars=1)
+
+
+def _read_private(path: Path, *, setting: str, min_chars: int) -> str:
     try:
         text = path.read_text(encoding="utf-8").strip()
         mode = path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(f"secret-file {str(path)!r} cannot be read: {error.strerror}") from error
-    if len(text) < 16:
-        raise ConfigError(f"secret-file {str(path)!r} holds fewer than 16 characters")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting} {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if len(text) < min_chars:
+        raise ConfigError(f"{setting} {str(path)!r} holds fewer than {min_chars} characters")
     if mode & 0o077:
-        raise ConfigError(f"secret-file {str(path)!r} can be read by others: chmod 600 it")
+        raise ConfigError(f"{setting} {str(path)!r} can be read by others: chmod 600 it")
     return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ssl
 from typing import Any
 
 import httpx
@@ -11,6 +10,7 @@ import httpx
 from flwr_ha.config import load_secret
 from flwr_ha.errors import ConfigError, CoordinationError, HaError
 from flwr_ha.settings import ReplicaSettings, Settings
+from flwr_ha.tls import explain, peer_context
 
 TIMEOUT_S = 3.0
 
@@ -30,8 +30,7 @@ class Operator:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        tls = settings.tls
-        self._verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=str(tls.ca)) if tls.is_on else True
+        self._tls = peer_context(settings.tls)
 
     def get(self, path: str) -> Any:
         """Return the JSON answer of the first replica that answers; CoordinationError where none does."""
@@ -58,7 +57,7 @@ class Operator:
             try:
                 return self._ask_one(replica, method, path, body, headers)
             except (httpx.TransportError, CoordinationError) as error:
-                failures.append(f"replica {replica.id} at {replica.api}: {error}")
+                failures.append(f"replica {replica.id} at {replica.api}: {explain(error)}")
         raise CoordinationError(
             f"no replica of cluster {self._settings.cluster!r} answers, start one or name the settings of a running "
             f"cluster with --config: {'; '.join(failures)}"
@@ -67,8 +66,8 @@ class Operator:
     def _ask_one(
         self, replica: ReplicaSettings, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str]
     ) -> Any:
-        url = f"{'https' if self._settings.tls.is_on else 'http'}://{replica.api}{path}"
-        with httpx.Client(verify=self._verify, timeout=TIMEOUT_S, trust_env=False) as client:
+        url = f"{'https' if self._tls else 'http'}://{replica.api}{path}"
+        with httpx.Client(verify=self._tls or True, timeout=TIMEOUT_S, trust_env=False) as client:
             response = client.request(method, url, json=body, headers=headers)
         if response.status_code == 401:
             raise ConfigError("secret-file does not hold the secret of this cluster")

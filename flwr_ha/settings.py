@@ -81,6 +81,51 @@ class TlsSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ZooKeeperSettings:
+    """Say how ZooKeeper is reached where it is protected.
+
+    Attributes
+    ----------
+    ca : Path or None
+        PEM file of the authority that signed ZooKeeper's certificates; None: no TLS.
+    cert, key : Path or None
+        Own certificate and private key, where ZooKeeper asks for one.
+    auth : str
+        ``none``, ``digest`` or ``sasl`` (DIGEST-MD5); with the others all entries can be read and
+        changed by this user only.
+    user : str
+        Name of the user.
+    password_file : Path or None
+        File with the password, mode 600.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    auth: str = "none"
+    user: str = ""
+    password_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ConfigError("zookeeper.cert and zookeeper.key go together")
+        if self.cert is not None and self.ca is None:
+            raise ConfigError("zookeeper.ca is missing: zookeeper.cert is of use with TLS only")
+        for name in ("ca", "cert", "key"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"zookeeper.{name} = {str(path)!r} is not a file")
+        if self.auth not in ("none", "digest", "sasl"):
+            raise ConfigError(f'zookeeper.auth = {self.auth!r} is none of "none", "digest", "sasl"')
+        if self.auth != "none" and (not self.user or self.password_file is None):
+            raise ConfigError(f'zookeeper.auth = "{self.auth}" needs zookeeper.user and zookeeper.password-file')
+        if self.auth == "none" and (self.user or self.password_file is not None):
+            raise ConfigError('zookeeper.auth is missing: "digest" or "sasl" says what zookeeper.user is for')
+        if ":" in self.user:
+            raise ConfigError(f"zookeeper.user = {self.user!r} may not contain a colon")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSettings:
     """Describe one replica.
 
@@ -131,6 +176,8 @@ class Settings:
         Passed to the SuperLink.
     tls : TlsSettings
         Given to the SuperLink and the replicas' API.
+    zookeeper : ZooKeeperSettings
+        TLS and user towards ZooKeeper.
     replicas : tuple of ReplicaSettings
         All of them, in the order of the file.
     """
@@ -147,6 +194,7 @@ class Settings:
     max_blob_bytes: int = 64 * 1024**3
     enable_supernode_auth: bool = False
     tls: TlsSettings = field(default_factory=TlsSettings)
+    zookeeper: ZooKeeperSettings = field(default_factory=ZooKeeperSettings)
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.cluster):
@@ -159,6 +207,8 @@ class Settings:
             raise ConfigError(f"serverapp-restarts = {self.serverapp_restarts}: 0 or more is possible")
         if self.storage != "replicas" and "://" not in self.storage:
             raise ConfigError(f'storage = {self.storage!r} is neither "replicas" nor a URL like "s3://bucket/prefix"')
+        if self.enable_supernode_auth and not self.tls.is_on:
+            raise ConfigError("enable-supernode-auth needs TLS: set tls.ca, tls.cert and tls.key")
         self._check_coordinator()
         self._check_replicas()
 

@@ -1,14 +1,13 @@
-"""The store on Apache ZooKeeper; the only module that imports kazoo."""
+"""The store on Apache ZooKeeper; beside `connection` the only module that imports kazoo."""
 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from kazoo.client import KazooClient
 from kazoo.exceptions import (
@@ -22,11 +21,15 @@ from kazoo.exceptions import (
     RolledBackError,
     RuntimeInconsistency,
 )
-from kazoo.handlers.threading import KazooTimeoutError, SequentialThreadingHandler
+from kazoo.handlers.threading import KazooTimeoutError
+from kazoo.protocol.states import KeeperState
 
+from flwr_ha.coordination.connection import SocketKeeper, credentials
 from flwr_ha.coordination.proof import SessionProof
 from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Versioned
 from flwr_ha.errors import ConfigError, CoordinationError
+from flwr_ha.settings import ZooKeeperSettings
+from flwr_ha.tls import client_context
 
 LOGGER = logging.getLogger(__name__)
 
@@ -34,32 +37,6 @@ CONFLICTS = (BadVersionError, NodeExistsError, NoNodeError, NotEmptyError)
 REFUSALS = (*CONFLICTS, RolledBackError, RuntimeInconsistency)
 KEEP_ALIVE = 1 / 12
 CALL_LIMIT = 1 / 3
-
-
-class SocketKeeper(SequentialThreadingHandler):  # type: ignore[misc]  # kazoo has no types
-    """Bound kazoo's connection attempts in time, and let us drop a connection that has gone silent.
-
-    kazoo sends no ping while requests go out, so with regular requests it would wait for the answers
-    of a dead host until TCP gives up, long after the session is lost.
-    """
-
-    def __init__(self, connect_timeout_s: float) -> None:
-        super().__init__()
-        self._connect_timeout_s = connect_timeout_s
-        self._socket: socket.socket | None = None
-
-    def create_connection(self, *args: Any, **options: Any) -> socket.socket:
-        """Connect as kazoo does, but in less time than a whole session."""
-        options["timeout"] = min(options.get("timeout", self._connect_timeout_s), self._connect_timeout_s)
-        self._socket = cast(socket.socket, super().create_connection(*args, **options))
-        return self._socket
-
-    def drop_connection(self) -> None:
-        """Make kazoo connect to another node; the session stays."""
-        current = self._socket
-        if current is not None:
-            with suppress(OSError):
-                current.shutdown(socket.SHUT_RDWR)
 
 
 class ZooKeeperStore:
@@ -78,14 +55,27 @@ class ZooKeeperStore:
         Path of this cluster's keys, such as ``/flwr-ha/mnist``.
     session_timeout_s : float
         Session timeout to ask for, in seconds; ZooKeeper may grant another one.
+    security : ZooKeeperSettings
+        TLS and user.
+    password : str
+        Of that user.
 
     Raises
     ------
     ConfigError
-        `hosts` cannot be read.
+        `hosts` or a file for TLS cannot be read, or a package for SASL is missing.
     """
 
-    def __init__(self, hosts: str, root: str, *, session_timeout_s: float) -> None:
+    def __init__(
+        self,
+        hosts: str,
+        root: str,
+        *,
+        session_timeout_s: float,
+        security: ZooKeeperSettings | None = None,
+        password: str = "",
+    ) -> None:
+        security = security or ZooKeeperSettings()
         self._hosts, _, prefix = hosts.partition("/")
         self._root = (f"/{prefix}" if prefix else "") + root.rstrip("/")
         self._session_timeout_s = session_timeout_s
@@ -94,7 +84,8 @@ class ZooKeeperStore:
         self._on_change: Callable[[], None] = lambda: None
         self._stop = threading.Event()
         self._keep_alive = threading.Thread(target=self._run_keep_alive, name="zookeeper-keep-alive", daemon=True)
-        self._handler = SocketKeeper(session_timeout_s / 6)
+        tls = None if security.ca is None else client_context(security.ca, security.cert, security.key)
+        self._handler = SocketKeeper(session_timeout_s / 6, tls)
         try:
             self._client = KazooClient(
                 hosts=self._hosts,
@@ -102,6 +93,7 @@ class ZooKeeperStore:
                 handler=self._handler,
                 connection_retry={"max_tries": -1, "delay": 0.05, "backoff": 2, "max_delay": session_timeout_s / 8},
                 logger=logging.getLogger("kazoo.client"),
+                **credentials(security, password),
             )
         except ValueError as error:
             raise ConfigError(f"the ZooKeeper hosts {hosts!r} are not host:port,host:port: {error}") from error
@@ -134,9 +126,20 @@ class ZooKeeperStore:
         try:
             self._client.start(timeout=timeout_s)
             self._call(lambda: self._client.ensure_path_async(self._root or "/"))
-        except (KazooTimeoutError, CoordinationError) as error:
+            # With a user's entries a stranger is refused here, not in the middle of an election.
+            self._call(lambda: self._client.get_children_async(self._root or "/"))
+        except _CredentialsError:
             self.close()
-            raise CoordinationError(f"ZooKeeper at {self._hosts} did not answer within {timeout_s:g} s") from error
+            raise
+        except (KazooTimeoutError, CoordinationError) as error:
+            is_refused = self._client.client_state == KeeperState.AUTH_FAILED
+            self.close()
+            if is_refused:
+                raise _CredentialsError(f"ZooKeeper at {self._hosts} refused the user or the password") from error
+            reason = f": {self._handler.last_error}" if self._handler.last_error else ""
+            raise CoordinationError(
+                f"ZooKeeper at {self._hosts} did not answer within {timeout_s:g} s{reason}"
+            ) from error
         self._keep_alive.start()
 
     def get(self, key: str) -> Versioned | None:
@@ -223,7 +226,9 @@ class ZooKeeperStore:
             self._handler.drop_connection()
             raise CoordinationError(f"ZooKeeper at {self._hosts} did not answer") from error
         except (AuthFailedError, NoAuthError) as error:
-            raise CoordinationError(f"ZooKeeper at {self._hosts} refused the credentials: {error!r}") from error
+            raise _CredentialsError(
+                f"ZooKeeper at {self._hosts} refused the user: {type(error).__name__}, see zookeeper.auth"
+            ) from error
         except (KazooException, OSError) as error:
             raise CoordinationError(f"ZooKeeper at {self._hosts} did not answer: {error!r}") from error
         self._note_answer(started_s)
@@ -260,6 +265,10 @@ class ZooKeeperStore:
             return read_timeout_ms, connect_timeout_ms
 
         connection._connect = connect_and_note
+
+
+class _CredentialsError(CoordinationError):
+    """ZooKeeper does not know this user, or its entries belong to another one."""
 
 
 def _raise_refusal(refused: Sequence[tuple[Operation, Exception]]) -> None:

@@ -20,6 +20,7 @@ from flwr_ha.errors import HaError
 from flwr_ha.local.processes import Program, wait_until
 from flwr_ha.local.zookeeper import LocalEnsemble, free_ports
 from flwr_ha.settings import Settings
+from flwr_ha.tls import peer_context
 
 SUPERLINK, SUPEREXEC, SERVERAPP = "flwr_ha.superlink.child", "flwr_ha.superlink.superexec", "flwr-serverapp"
 REPLICA_TIMEOUT_S = 60.0
@@ -46,7 +47,9 @@ class Plan:
     app : Path or None
         Folder whose ``server_app.py`` runs the replicas; None: ``flwr-ha replica``.
     settings : mapping
-        Further keys of ``[tool.flwr-ha]``.
+        Further keys of ``[tool.flwr-ha]``; a mapping as value is a table.
+    certificates : Path or None
+        Folder with what ``flwr-ha certs`` writes: everything speaks TLS.
     environment : mapping
         Added to the environment of every process.
     """
@@ -59,6 +62,7 @@ class Plan:
     tick_time_ms: int = 200
     app: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    certificates: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -140,15 +144,24 @@ class LocalCluster:
             "data-dir": str(self.folder / "data"),
             **plan.settings,
         }
-        lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        if plan.certificates is not None:
+            files = {"ca": "ca.crt", "cert": "server.crt", "key": "server.key"}
+            table["tls"] = {key: str(plan.certificates.absolute() / name) for key, name in files.items()}
+        lines = _toml(table)
         for replica_id in range(plan.replicas):
             lines += ["[[replicas]]", f"id = {replica_id}", f'address = "{self.address}"']
             lines += [f'api = "127.0.0.1:{self._ports[1 + replica_id]}"']
         self.config.write_text("\n".join(lines) + "\n", encoding="utf-8")
         home = self.folder / "flwr-home"
         home.mkdir(exist_ok=True)
-        connection = f'[superlink]\ndefault = "ha"\n[superlink.ha]\naddress = "{self.address}"\ninsecure = true\n'
-        (home / "config.toml").write_text(connection, encoding="utf-8")
+        connection = f'[superlink]\ndefault = "ha"\n[superlink.ha]\naddress = "{self.address}"\n'
+        trust = f"root-certificates = {json.dumps(self._authority)}\n" if self._authority else "insecure = true\n"
+        (home / "config.toml").write_text(connection + trust, encoding="utf-8")
+
+    @property
+    def _authority(self) -> str:
+        folder = self.plan.certificates
+        return "" if folder is None else str(folder.absolute() / "ca.crt")
 
     def _start_ensemble(self) -> str:
         self.ensemble = LocalEnsemble(self.folder / "zookeeper", tick_time_ms=self.plan.tick_time_ms)
@@ -170,14 +183,15 @@ class LocalCluster:
         self.replicas[replica_id] = program
         return program
 
-    def start_supernode(self, index: int, *, node_config: str = "") -> Program:
-        """Start one unmodified SuperNode; `node_config` is added to its partition."""
+    def start_supernode(self, index: int, *arguments: str, node_config: str = "") -> Program:
+        """Start one unmodified SuperNode; `node_config` is added to its partition, `arguments` to its command line."""
         (port,) = free_ports(1)
         partition = f"partition-id={index} num-partitions={max(self.plan.supernodes, 1)} {node_config}".strip()
-        options = ["--port", str(port), "--node-config", partition]
+        options = ["--port", str(port), "--node-config", partition, *arguments]
+        trust = ["--root-certificates", self._authority] if self._authority else ["--insecure"]
         program = Program(
             f"SuperNode {index}",
-            [str(self._bin / "flower-supernode"), "--insecure", "--superlink", self.address, *options],
+            [str(self._bin / "flower-supernode"), *trust, "--superlink", self.address, *options],
             log_file=self.folder / "logs" / f"supernode-{index}.log",
             environment=self._environment,
             folder=self.folder,
@@ -213,8 +227,7 @@ class LocalCluster:
         ids = [replica_id] if replica_id is not None else [i for i, r in self.replicas.items() if r.is_alive]
         for each in ids:
             try:
-                url = f"http://127.0.0.1:{self._ports[1 + each]}{path}"
-                return httpx.get(url, timeout=2.0, trust_env=False).json()
+                return self._ask(each, path, timeout_s=2.0).json()
             except (httpx.HTTPError, ValueError):
                 continue
         return None
@@ -228,10 +241,13 @@ class LocalCluster:
 
     def _is_leader(self, replica_id: int) -> bool:
         try:
-            url = f"http://127.0.0.1:{self._ports[1 + replica_id]}/leader"
-            return httpx.get(url, timeout=1.0, trust_env=False).status_code == 200
+            return self._ask(replica_id, "/leader", timeout_s=1.0).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def _ask(self, replica_id: int, path: str, *, timeout_s: float) -> httpx.Response:
+        url = f"{'https' if self._authority else 'http'}://127.0.0.1:{self._ports[1 + replica_id]}{path}"
+        return httpx.get(url, timeout=timeout_s, trust_env=False, verify=peer_context(self.settings.tls) or True)
 
     def wait_leader(self, *, timeout_s: float, other_than: int | None = None) -> int:
         """Return the id of the leader once there is one (another one)."""
@@ -265,3 +281,12 @@ class LocalCluster:
         pid = wait_until(lambda: program.find(words), timeout_s=10.0, what=f"{words} of {program.name}")
         os.kill(pid, 9)
         return pid
+
+
+def _toml(table: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a TOML file: plain values first, since a table goes on to the next one."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            lines += [f"[{key}]", *_toml(value)]
+    return lines

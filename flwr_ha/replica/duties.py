@@ -103,9 +103,23 @@ class Duties:
             tools.holdings.ensure(control.digest, is_control=True, timeout_s=FETCH_TIMEOUT_S)
             snapshot = tools.store.read(control.digest)
             self._ensure_checkpoints(unfinished_runs(snapshot))
-            linkstate.restore(self._database, snapshot, tools.store.read, now_s=time.time())
+            linkstate.restore(
+                self._database, snapshot, tools.store.read, now_s=time.time(), note=self._takeover_note(tools)
+            )
             self._control_digest = control.digest
         self._open_public(address, stale)
+
+    def _takeover_note(self, tools: Tools) -> Callable[[str], str]:
+        """Return what the log of an unfinished run says: a ServerApp without HighlyAvailable begins anew."""
+        heads = tools.coordinator.heads()
+        who = f"replica {tools.replica_id} leads in term {self.leadership.term}"
+
+        def note(run_id: str) -> str:
+            if run_id in heads:
+                return f"{who}: the ServerApp starts again after round {heads[run_id].position.server_round}"
+            return f"{who}: no round of this run is committed, the ServerApp starts from its round 1"
+
+        return note
 
     def _open_public(self, address: str, stale: Sequence[ChildRecord]) -> None:
         """Listen; end what holds the port if it is a frozen SuperLink of an earlier term.
@@ -132,13 +146,19 @@ class Duties:
                     raise
                 self._tools.events.add("copy-missing", f"checkpoint of the ended run {run_id} is not here: {error}")
 
-    def replicate_control(self) -> bool:
+    def replicate_control(self, *, is_asked: bool = False) -> bool:
         """Commit the control plane as it is now; return whether it is safe on a majority.
 
-        Called before a change is acknowledged, and now and then for what changes by itself.
+        Parameters
+        ----------
+        is_asked : bool
+            Whether an answer waits for it. It is also called now and then for what changes by itself; the logs
+            come along when an answer waits, after a round, and every few seconds.
         """
         tools = self._tools
         with self._control_lock:
+            if is_asked:
+                self._log_mark_s = float("-inf")
             try:
                 control = linkstate.export(
                     self._database, tools.store.put, logs_until=self._logs_until(), known_fabs=self._known_fabs
@@ -211,6 +231,7 @@ class Duties:
                 metrics=body["metrics"],
             )
             head = tools.coordinator.commit(self.leadership, head)
+        self._log_mark_s = float("-inf")  # the log of the round comes along with the next picture
         tools.events.add(
             "commit",
             f"round {head.position.server_round} of run {run_id} is on replicas {', '.join(map(str, head.copies))}",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 
-from flwr_ha.config import load_secret
+from flwr_ha.config import load_secret, load_zookeeper_password
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.protocol import Store
 from flwr_ha.errors import ConfigError
@@ -37,6 +37,7 @@ from flwr_ha.storage.replication import Peer, Replicator
 from flwr_ha.superlink import events, linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
 from flwr_ha.superlink.settings import SuperLinkSettings, TlsFiles
+from flwr_ha.tls import check_server_files, peer_context
 
 log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 15.0
@@ -65,6 +66,7 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
     """
     own = settings.replica(replica_id)
     linkstate.check_flower()
+    check_server_files(settings.tls)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_locked_folder(settings, replica_id))
         secret = load_secret(settings)
@@ -132,7 +134,11 @@ def make_store(settings: Settings) -> Store:
     from flwr_ha.coordination.zookeeper import ZooKeeperStore
 
     return ZooKeeperStore(
-        settings.zookeeper_hosts, f"/flwr-ha/{settings.cluster}", session_timeout_s=settings.session_timeout_s
+        settings.zookeeper_hosts,
+        f"/flwr-ha/{settings.cluster}",
+        session_timeout_s=settings.session_timeout_s,
+        security=settings.zookeeper,
+        password=load_zookeeper_password(settings),
     )
 
 
@@ -144,7 +150,7 @@ def _make_storage(settings: Settings, replica_id: int, blobs: BlobStore, secret:
         yield ObjectStorage(settings.storage, blobs)
         return
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]
-    with Replicator(blobs, peers, secret=secret) as replicator:
+    with Replicator(blobs, peers, secret=secret, tls=peer_context(settings.tls)) as replicator:
         yield replicator
 
 

@@ -232,7 +232,7 @@ class Replica:
 
     def _replicate(self, life: Life, event: ReplicateRequested) -> None:
         office = self._agent.office
-        is_safe = office is not None and office.duties.replicate_control()
+        is_safe = office is not None and office.duties.replicate_control(is_asked=True)
         life.superlink.answer(event.serial, is_replicated=is_safe)
 
     def _on_serverapp_died(self, life: Life, event: ServerAppDied) -> None:

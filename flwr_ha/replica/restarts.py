@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr_ha.errors import HaError
@@ -13,6 +14,7 @@ from flwr_ha.superlink.events import ServerAppDied
 
 FIRST_PAUSE_S = 0.1
 PAUSE_FACTOR = 5.0
+LONGEST_PAUSE_S = 15.0  # Flower itself fails a run whose ServerApp has been silent for half a minute
 
 
 class Restarts:
@@ -39,25 +41,27 @@ class Restarts:
             count = self._counts.get((term, death.run_id), 0)
             self._counts[term, death.run_id] = count + 1
         if count >= self._limit:
-            self._events.add(
-                "error",
-                f"{_why(death)}; it was started again {count} times in term {term}, which is the limit: the run fails",
-                run_id=death.run_id,
-            )
+            times = "once" if count == 1 else f"{count} times"
+            reason = f"{_why(death)}; it was started again {times} in term {term}, the limit: the run fails"
+            self._events.add("error", reason, run_id=death.run_id)
+            self._act(death, lambda: linkstate.fail_task(database, death.task_id, reason=reason))
             return
-        pause_s = FIRST_PAUSE_S * PAUSE_FACTOR**count
+        pause_s = min(FIRST_PAUSE_S * PAUSE_FACTOR**count, LONGEST_PAUSE_S)
         self._events.add("serverapp-died", f"{_why(death)}; it starts again in {pause_s:g} s", run_id=death.run_id)
-        timer = threading.Timer(pause_s, self._requeue, (database, death))
+        note = f"{_why(death)}: it starts again (restart {count + 1} of {self._limit} in term {term})"
+        timer = threading.Timer(
+            pause_s, self._act, (death, lambda: linkstate.requeue_task(database, death.task_id, note=note))
+        )
         timer.name = f"restart-{death.run_id}"
         with self._lock:
             self._timers.add(timer)
         timer.start()
 
-    def _requeue(self, database: Path, death: ServerAppDied) -> None:
+    def _act(self, death: ServerAppDied, act: Callable[[], bool]) -> None:
         try:
-            linkstate.requeue_task(database, death.task_id)
+            act()
         except (HaError, sqlite3.Error, OSError) as error:
-            self._events.add("error", f"the ServerApp cannot be started again: {error}", run_id=death.run_id)
+            self._events.add("error", f"the death of a ServerApp cannot be dealt with: {error}", run_id=death.run_id)
 
     def close(self) -> None:
         """Call off the restarts that wait."""

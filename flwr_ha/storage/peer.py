@@ -19,6 +19,7 @@ from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.files import CHUNK_BYTES
 from flwr_ha.storage.uploads import OffsetError
+from flwr_ha.tls import explain
 
 _ATTEMPTS = 3  # in a row without progress
 _BACKOFF_S = 0.1
@@ -246,7 +247,7 @@ class PeerClient:
         return _AgainError(f"HTTP status {status} {response.text[:200]}".strip())
 
     def _failure(self, error: Exception, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
-        reason = "the transfer was given up" if self.is_aborted else str(error) or type(error).__name__
+        reason = "the transfer was given up" if self.is_aborted else explain(error)
         return kind(f"{self.peer}: {reason}")
 
     def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:

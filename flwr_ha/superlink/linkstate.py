@@ -7,14 +7,14 @@ a round in the making is done again by the next leader.
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flwr_ha.errors import ConfigError
 from flwr_ha.superlink import rows, schema
+from flwr_ha.superlink.database import opened
+from flwr_ha.superlink.tasks import add_log_lines, fail_task, requeue_task
 from flwr_ha.superlink.watch import RunRow, Summary, TaskState, Watch, signed, summary, unsigned
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Watch",
     "check_flower",
     "export",
+    "fail_task",
     "log_mark",
     "references",
     "requeue_task",
@@ -37,7 +38,6 @@ __all__ = [
 check_flower = schema.check_flower
 
 _FORMAT = 1
-_BUSY_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +54,6 @@ class ControlPlane:
 
     snapshot: bytes
     blobs: tuple[str, ...]
-
-
-@contextmanager
-def _opened(database: Path, begin: str, *, is_read_only: bool) -> Iterator[sqlite3.Connection]:
-    """Yield a connection inside one transaction; commit it unless an error is raised."""
-    uri = f"{database.absolute().as_uri()}?mode={'ro' if is_read_only else 'rw'}"
-    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S)) as connection:
-        connection.row_factory = sqlite3.Row
-        connection.execute(begin)
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
 
 
 def export(
@@ -116,7 +101,7 @@ def export(
         blobs.add(digest)
         return digest
 
-    with _opened(database, "BEGIN", is_read_only=True) as connection:
+    with opened(database, "BEGIN", is_read_only=True) as connection:
         revision, columns = schema.check_schema(connection)
         fabs = known_fabs if known_fabs is not None else {}
         unfinished = {row[0] for row in connection.execute("SELECT task_id FROM task WHERE finished_at IS NULL")}
@@ -135,7 +120,14 @@ def export(
     return ControlPlane(snapshot=rows.canonical(value), blobs=tuple(sorted(blobs)))
 
 
-def restore(database: Path, snapshot: bytes, get_blob: Callable[[str], bytes], *, now_s: float) -> None:
+def restore(
+    database: Path,
+    snapshot: bytes,
+    get_blob: Callable[[str], bytes],
+    *,
+    now_s: float,
+    note: Callable[[str], str] | None = None,
+) -> None:
     """Put a control plane into the database of a running SuperLink, replacing the one that is there.
 
     Unfinished tasks are pending afterwards, so that SuperExec starts them; nodes that were online count as online
@@ -151,6 +143,8 @@ def restore(database: Path, snapshot: bytes, get_blob: Callable[[str], bytes], *
         Returns the verified bytes of a digest.
     now_s : float
         Wall-clock time, seconds since 1970: Flower compares ``online_until`` with its own wall clock.
+    note : callable, optional
+        Returns the line that the log of an unfinished run gets, by its run id: ``flwr log`` then tells of the takeover.
 
     Raises
     ------
@@ -163,7 +157,7 @@ def restore(database: Path, snapshot: bytes, get_blob: Callable[[str], bytes], *
     # Blobs are fetched before the transaction: a slow peer must not block the SuperLink.
     tables = {table: [rows.decoded(row, get_blob) for row in value["tables"][table]] for table in schema.CONTROL_TABLES}
     lines = [line for chunk in value["logs"] for line in json.loads(get_blob(chunk["blob"]))]
-    with _opened(database, "BEGIN IMMEDIATE", is_read_only=False) as connection:
+    with opened(database, "BEGIN IMMEDIATE", is_read_only=False) as connection:
         revision, columns = schema.check_schema(connection)
         if value["format"] != _FORMAT or value["schema"] != {"revision": revision, "columns": columns}:
             raise ConfigError(
@@ -180,6 +174,15 @@ def restore(database: Path, snapshot: bytes, get_blob: Callable[[str], bytes], *
             f"INSERT INTO {schema.LOG_TABLE} (rowid, timestamp, task_id, log) VALUES (?, ?, ?, ?)",  # noqa: S608
             lines,
         )
+        if note is not None:
+            started = _unfinished_serverapps(tables)
+            add_log_lines(connection, [(task_id, note(unsigned(run_id))) for task_id, run_id in started], now_s=now_s)
+
+
+def _unfinished_serverapps(tables: Mapping[str, list[rows.Row]]) -> list[tuple[int, int]]:
+    unfinished = {task["task_id"] for task in tables["task"] if task["finished_at"] is None}
+    found = [(run["primary_task_id"], run["run_id"]) for run in tables["run"]]
+    return [(task_id, run_id) for task_id, run_id in found if task_id in unfinished]
 
 
 def references(snapshot: bytes) -> tuple[str, ...]:
@@ -195,30 +198,6 @@ def references(snapshot: bytes) -> tuple[str, ...]:
 
 def log_mark(database: Path) -> int:
     """Return the number of the newest log line, counts from 1; 0 when there is none."""
-    with _opened(database, "BEGIN", is_read_only=True) as connection:
+    with opened(database, "BEGIN", is_read_only=True) as connection:
         row = connection.execute(f"SELECT MAX(rowid) FROM {schema.LOG_TABLE}").fetchone()  # noqa: S608
     return int(row[0] or 0)
-
-
-def requeue_task(database: Path, task_id: str) -> bool:
-    """Set an unfinished task back to pending, so that SuperExec starts its ServerApp again under the same run id.
-
-    Parameters
-    ----------
-    database : Path
-        Database file of the running SuperLink.
-    task_id : str
-        Flower's task id, unsigned decimal.
-
-    Returns
-    -------
-    bool
-        False when the task is unknown or finished: there is nothing to start again.
-    """
-    changes = ", ".join(f"{column} = NULL" for column in rows.PENDING)
-    with _opened(database, "BEGIN IMMEDIATE", is_read_only=False) as connection:
-        cursor = connection.execute(
-            f"UPDATE task SET {changes} WHERE task_id = ? AND finished_at IS NULL",  # noqa: S608 - constants
-            (signed(task_id),),
-        )
-        return cursor.rowcount == 1

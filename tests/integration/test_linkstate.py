@@ -322,3 +322,33 @@ def test_every_request_of_flower_is_either_held_or_known_not_to_matter() -> None
     assert paths == gate.HELD | not_held
     assert not gate.HELD & not_held
     assert gate.ACQUIRE_TASK in paths
+
+
+def test_takeover_is_told_in_the_log_of_unfinished_runs_only(sites: tuple[Site, Site]) -> None:
+    """`flwr log` of a run that goes on says who took over; an ended run's log stays as it was."""
+    old, new = sites
+    going_on, ended = old.add_run(b"going on"), old.add_run(b"ended")
+    assert old.state.finish_task(old.task_of(ended), "stopped", "by hand")
+    plane = old.export()
+
+    linkstate.restore(
+        new.database, plane.snapshot, new.blobs.__getitem__, now_s=NOW_S, note=lambda run_id: f"run {run_id} goes on"
+    )
+
+    assert new.state.get_task_log(new.task_of(going_on), None)[0] == f"INFO :      run {going_on} goes on\n"
+    assert new.state.get_task_log(new.task_of(ended), None)[0] == ""
+
+
+def test_failed_task_is_failed_for_flower(sites: tuple[Site, Site]) -> None:
+    """A run that we give up is failed in Flower's eyes, with the reason and a time, and only once."""
+    site = sites[0]
+    run_id = site.add_run()
+    task_id = site.task_of(run_id)
+
+    assert linkstate.fail_task(site.database, str(task_id), reason="killed too often")
+    assert not linkstate.fail_task(site.database, str(task_id), reason="again")
+
+    status = site.state.get_run_info(run_ids=[run_id])[0].status
+    assert (status.status, status.sub_status, status.details) == ("finished", "failed", "killed too often")
+    assert site.state.get_run_info(run_ids=[run_id])[0].finished_at
+    assert "killed too often" in site.state.get_task_log(task_id, None)[0]
