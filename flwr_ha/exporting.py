@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import ssl
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from flwr_ha.storage.committed import read_committed
 from flwr_ha.storage.export import export
 from flwr_ha.storage.files import CHUNK_BYTES
 from flwr_ha.storage.replication import Peer, Replicator
+from flwr_ha.tls import peer_context
 
 FETCH_TIMEOUT_S = 600.0
 Entry = dict[str, Any]
@@ -184,7 +184,7 @@ def _fetcher(settings: Settings, target: BlobStore, stack: ExitStack) -> Callabl
             raise CheckpointError(f"{digest} is not on this machine, and without a secret no replica gives it")
 
         return refuse
-    tls = ssl.create_default_context(cafile=str(settings.tls.ca)) if settings.tls.is_on else None
+    tls = peer_context(settings.tls)
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas]
     replicator = stack.enter_context(Replicator(target, peers, secret=load_secret(settings), tls=tls))
     return lambda digest: replicator.fetch([digest], timeout_s=FETCH_TIMEOUT_S)
