@@ -188,16 +188,17 @@ class Gathering:
         if reason is not None and key in self._asked.values():
             return None  # it was asked again since then
         self._working.pop(key, None)
+        is_current = key in self._messages
         if reason is None:
             self._kept[key] = reply
-            return Valid(key[0]) if key in self._messages else None
+            return Valid(key[0]) if is_current else None
         if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-            return Gone(key[0])
+            return Gone(key[0]) if is_current else None
         self._rejections[key] += reply.has_content()  # a client's cache does not hold errors
         logger.warning("round %d: the reply to %s was rejected: %s", self._server_round, self._kind, reason)
         fields = {"server_round": self._server_round, "node": str(key[0]), "phase": self._kind}
         self._run.session.record("reply-rejected", reason, **fields)
-        return Rejected(key[0], reason) if key in self._messages else None
+        return Rejected(key[0], reason) if is_current else None
 
     def _look(self, phase: Phase) -> list[Event]:
         """Find out which nodes went, came back or were restarted, and ask again those whose work is lost."""

@@ -85,6 +85,11 @@ def layers(strategy: Strategy) -> Iterator[Strategy]:
             yield from layers(value)
 
 
+def names(strategy: Strategy) -> str:
+    """Return the classes of a strategy and of those that it wraps."""
+    return " > ".join(type(layer).__name__ for layer in layers(strategy))
+
+
 def weight_key(strategy: Strategy) -> str | None:
     """Return the metric by which a strategy weights replies."""
     keys = (getattr(layer, "weighted_by_key", None) for layer in layers(strategy))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flwr_ha.errors import CheckpointCorruptError, ConfigError
 from flwr_ha.serverapp.arrays import pack, unpack
-from flwr_ha.serverapp.nodes import layers
+from flwr_ha.serverapp.nodes import names
 
 logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr log` shows it
 
@@ -129,11 +129,6 @@ def restore(memory: Memory, state: State, *, is_exact: bool = False) -> None:
             config.update(kept)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(f"the state of {made_by} does not fit: {error!r}") from error
-
-
-def names(strategy: Strategy) -> str:
-    """Return the classes of a strategy and of those that it wraps."""
-    return " > ".join(type(layer).__name__ for layer in layers(strategy))
 
 
 def _has_state_dict(value: object) -> bool:

@@ -17,9 +17,10 @@ from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from flwr_ha.errors import ConfigError
 from flwr_ha.serverapp.context import Clock, RunContext, SystemClock
+from flwr_ha.serverapp.nodes import names
 from flwr_ha.serverapp.rounds import Rules
 from flwr_ha.serverapp.session import Session, open_session
-from flwr_ha.serverapp.state import Memory, names
+from flwr_ha.serverapp.state import Memory
 from flwr_ha.serverapp.training import EvaluateFn, Training
 
 logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr log` shows it
