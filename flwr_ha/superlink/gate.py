@@ -20,6 +20,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ACQUIRE_TASK = "/v1/runtime/acquire-task"
 
+# A SuperNode asks these while it takes a message in. Flower forbids them until the run's ServerApp runs again after a
+# failover; the SuperNode then forgets the message but trains on it all the same, and from then on each of its replies
+# lies there until the next message comes, that of the last one for ever. Any other refusal makes it clean up.
+RECEIVING = frozenset(("/v1/fleet/pull-object", "/v1/fleet/confirm-message-received"))
+
 HELD = frozenset(
     [
         f"/v1/control/{name}"
@@ -121,10 +126,11 @@ class Replication:
 
 
 class Gate:
-    """Wrap Flower's app in the three rules of a replica.
+    """Wrap Flower's app in the rules of a replica.
 
     A request that came in on a public socket is served only while the lease runs; a changing request is answered
-    only once its change is replicated; SuperExec gets no work while the replica does not lead.
+    only once its change is replicated; SuperExec gets no work while the replica does not lead. Besides, a SuperNode
+    that takes a message of the last leader in is told that it is gone, see `RECEIVING`.
 
     Parameters
     ----------
@@ -156,6 +162,8 @@ class Gate:
             await self._hold_superexec(scope, receive, send)
         elif scope["path"] in HELD:
             await self._hold(scope, receive, send, is_public=is_public)
+        elif scope["path"] in RECEIVING:
+            await self._app(scope, receive, _gone_if_forbidden(send))
         else:
             await self._app(scope, receive, send)
 
@@ -206,6 +214,15 @@ class DatabaseVersion:
     def __call__(self) -> int:
         """Return a number that is another one after each change."""
         return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+
+def _gone_if_forbidden(send: Send) -> Send:
+    async def forward(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 403:
+            message = {**message, "status": 410}
+        await send(message)
+
+    return forward
 
 
 async def _refuse(send: Send, why: str) -> None:

@@ -96,6 +96,19 @@ def test_public_is_served_only_under_a_lease(lease: Lease) -> None:
     _run(test)
 
 
+@pytest.mark.parametrize("path", sorted(gate.RECEIVING))
+def test_message_of_a_run_that_is_not_running_is_gone(lease: Lease, path: str) -> None:
+    """Forbidden would make the SuperNode train on it, and be one reply late from then on."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        assert (await _request(_gate(Flower(agent := Agent(), 403), lease, agent), path))[0] == 410
+        assert (await _request(_gate(Flower(agent, 403), lease, agent), "/v1/fleet/push-messages"))[0] == 403
+        assert (await _request(_gate(Flower(agent), lease, agent), path))[0] == 200
+
+    _run(test)
+
+
 @pytest.mark.parametrize("path", sorted(gate.HELD))
 def test_changing_request_waits_for_the_agent(lease: Lease, path: str) -> None:
     """The answer goes out once the agent has made the change safe, and not before."""
