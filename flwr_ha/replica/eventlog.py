@@ -42,21 +42,25 @@ class EventLog:
         self._events: deque[dict[str, Any]] = deque(maxlen=size)
         self._lock = threading.Lock()
         self._max_bytes = max_bytes
+        self._rotated = file.with_name(file.name + ".1")
+        self._is_cut = False  # whether the file's last line lacks its end
         self._number = self._last_number()
 
     def _last_number(self) -> int:
         """Go on counting where an earlier life of this replica ended, so that ``after=`` stays good."""
-        try:
-            lines = self._file.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise ConfigError(f"data-dir: {str(self._file)!r} cannot be read: {error.strerror}") from error
-        for line in reversed(lines):
+        for file in (self._file, self._rotated):
             try:
-                return int(json.loads(line)["number"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut short by a crash
+                text = file.read_text(encoding="utf-8", errors="replace")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ConfigError(f"data-dir: {str(file)!r} cannot be read: {error.strerror}") from error
+            self._is_cut = self._is_cut or (file == self._file and text[-1:] not in ("", "\n"))
+            for line in reversed(text.splitlines()):
+                try:
+                    return int(json.loads(line)["number"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that was cut short by a crash
         return 0
 
     def add(self, kind: str, message: str, **fields: Any) -> None:
@@ -73,10 +77,12 @@ class EventLog:
     def _write(self, event: dict[str, Any]) -> None:
         try:
             if self._file.exists() and self._file.stat().st_size > self._max_bytes:
-                self._file.replace(self._file.with_name(self._file.name + ".1"))
+                self._file.replace(self._rotated)
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(("\n" if self._is_cut else "") + json.dumps(event) + "\n")
+            self._is_cut = False
         except OSError as error:  # a full disk must not stop the replica: the event stays in memory
+            self._is_cut = True
             log.warning("event log %s cannot be written: %s", self._file, error.strerror)
 
     def after(self, number: int) -> list[dict[str, Any]]:
