@@ -102,7 +102,7 @@ def test_list_says_which_rounds_are_kept(settings, heads):
 
 def test_round_that_is_not_kept_names_those_that_are(settings, heads, tmp_path):
     """The user learns what can be had."""
-    with pytest.raises(CheckpointError, match="round 1 of run 12 has no good copy .* kept are the rounds 3, 4"):
+    with pytest.raises(CheckpointError, match=r"round 1 of run 12 has no good copy .* kept are the rounds 3, 4"):
         export_round(settings, RUN, 1, tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == [".flwr-ha"]
 

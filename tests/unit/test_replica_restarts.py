@@ -1,0 +1,109 @@
+"""A killed ServerApp is started again, a few times per term."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flwr_ha.errors import ConfigError
+from flwr_ha.replica import restarts
+from flwr_ha.replica.eventlog import EventLog
+from flwr_ha.replica.restarts import Restarts
+from flwr_ha.superlink.events import ServerAppDied
+
+KILLED = ServerAppDied(task_id="5", run_id="17", status=-9)
+
+
+class FakeTimer:
+    """Stand in for threading.Timer; it goes off when the test says so."""
+
+    made: list[FakeTimer] = []  # noqa: RUF012 emptied by the fixture
+
+    def __init__(self, pause_s: float, act: object, args: tuple[object, ...]) -> None:
+        self.pause_s, self.act, self.args, self.is_cancelled, self.name = pause_s, act, args, False, ""
+
+    def start(self) -> None:
+        self.made.append(self)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def join(self) -> None:
+        assert self.is_cancelled
+
+    def fire(self) -> None:
+        self.act(*self.args)  # type: ignore[operator]
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
+    """Return what was put back to pending; timers wait for the test."""
+    calls: list[tuple[Path, str]] = []
+    FakeTimer.made = []
+    monkeypatch.setattr(restarts.threading, "Timer", FakeTimer)
+    monkeypatch.setattr(restarts.linkstate, "requeue_task", lambda file, task: calls.append((file, task)))
+    return calls
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> EventLog:
+    """Give an event log."""
+    return EventLog(tmp_path / "events.jsonl", replica_id=0)
+
+
+def test_serverapp_starts_again_after_growing_pauses(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+    """The first one soon; one that dies again and again gets time."""
+    book = Restarts(limit=3, events=log)
+    for _ in range(3):
+        book.restart(Path("db"), KILLED, term=1)
+    assert [timer.pause_s for timer in FakeTimer.made] == pytest.approx([0.1, 0.5, 2.5])
+    assert requeued == []  # not before its time
+    FakeTimer.made[0].fire()
+    assert requeued == [(Path("db"), "5")]
+
+
+def test_limit_lets_the_run_fail_and_says_so(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+    """A ServerApp that kills itself each time must not do so for ever."""
+    book = Restarts(limit=1, events=log)
+    book.restart(Path("db"), KILLED, term=1)
+    book.restart(Path("db"), KILLED, term=1)
+    assert len(FakeTimer.made) == 1
+    kinds = [(event["kind"], event["run_id"]) for event in log.after(0)]
+    assert kinds == [("serverapp-died", "17"), ("error", "17")]
+    assert log.after(1)[0]["message"] == (
+        "the ServerApp of run 17 was ended by signal 9 without a result; it was started again 1 times in term 1, "
+        "which is the limit: the run fails"
+    )
+
+
+def test_count_is_of_one_run_in_one_term(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+    """Another run, or a new leader, has its own."""
+    book = Restarts(limit=1, events=log)
+    book.restart(Path("db"), KILLED, term=1)
+    book.restart(Path("db"), KILLED, term=2)
+    book.restart(Path("db"), ServerAppDied(task_id="6", run_id="18", status=1), term=1)
+    assert [event["kind"] for event in log.after(0)] == ["serverapp-died"] * 3
+    assert "ended with status 1 without a result" in log.after(2)[0]["message"]
+
+
+def test_stop_calls_off_what_waits(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+    """Nothing is written into a database whose SuperLink has ended."""
+    book = Restarts(limit=3, events=log)
+    book.restart(Path("db"), KILLED, term=1)
+    book.close()
+    assert FakeTimer.made[0].is_cancelled
+
+
+def test_database_that_refuses_is_told(
+    log: EventLog, requeued: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run would hang without a word."""
+
+    def refuse(_: Path, __: str) -> None:
+        raise ConfigError("unknown schema")
+
+    monkeypatch.setattr(restarts.linkstate, "requeue_task", refuse)
+    Restarts(limit=3, events=log).restart(Path("db"), KILLED, term=1)
+    FakeTimer.made[0].fire()
+    assert log.after(1)[0]["message"] == "the ServerApp cannot be started again: unknown schema"
