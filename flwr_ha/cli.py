@@ -160,8 +160,10 @@ def start_replica(settings: Settings, replica_id: int, *, when_leading: Callable
 def set_up_logging() -> None:
     """Send the log to standard error, one line an entry."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("kazoo", "httpx", "httpcore", "uvicorn.error"):
+    for name in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns ten times a second while ZooKeeper is away, which our own event log says once.
+    logging.getLogger("kazoo").setLevel(logging.ERROR)
 
 
 @app.command()

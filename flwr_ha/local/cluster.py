@@ -17,7 +17,7 @@ import httpx
 
 from flwr_ha.config import load_settings
 from flwr_ha.errors import HaError
-from flwr_ha.local.processes import Program, wait_until
+from flwr_ha.local.processes import Program, WaitTimeoutError, wait_until
 from flwr_ha.local.zookeeper import LocalEnsemble, free_ports
 from flwr_ha.settings import Settings
 from flwr_ha.tls import peer_context
@@ -268,12 +268,17 @@ class LocalCluster:
         self, run_id: str, condition: Callable[[dict[str, Any]], object], *, timeout_s: float, what: str
     ) -> dict[str, Any]:
         """Return the run once `condition` is true of it."""
+        seen: dict[str, Any] | None = None
 
         def found() -> dict[str, Any] | None:
-            run = self.run(run_id)
-            return run if run is not None and condition(run) else None
+            nonlocal seen
+            seen = self.run(run_id) or seen
+            return seen if seen is not None and condition(seen) else None
 
-        return wait_until(found, timeout_s=timeout_s, what=what, poll_s=0.1)
+        try:
+            return wait_until(found, timeout_s=timeout_s, what=what, poll_s=0.1)
+        except WaitTimeoutError as error:
+            raise WaitTimeoutError(f"{what}: not within {timeout_s:g} s, the run was last seen as {seen}") from error
 
     def kill_part(self, replica_id: int, words: str) -> int:
         """Kill one process of a replica's tree with SIGKILL, for example its `SUPERLINK`; return its id."""

@@ -26,7 +26,10 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     min_nodes = int(config["min-nodes"])
     inner = STRATEGIES[str(config["strategy"])](
-        min_train_nodes=min_nodes, min_evaluate_nodes=min_nodes, min_available_nodes=min_nodes
+        min_train_nodes=min_nodes,
+        min_evaluate_nodes=min_nodes,
+        min_available_nodes=min_nodes,
+        fraction_evaluate=float(config["fraction-evaluate"]),
     )
     strategy = HighlyAvailable(
         inner,
