@@ -127,6 +127,10 @@ class Program:
         _send(self.pid, signal.SIGKILL)
         self._process.wait()
 
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the program alone."""
+        _send(self.pid, number)
+
     def stop(self, timeout_s: float) -> int:
         """Ask it to end with SIGTERM, and return its exit status; kill the tree when it does not in time."""
         _send(self.pid, signal.SIGTERM)
