@@ -12,6 +12,7 @@ from flwr_ha.replica.eventlog import EventLog
 from flwr_ha.replica.restarts import Restarts
 from flwr_ha.superlink.events import ServerAppDied
 
+Done = list[tuple[str, Path, str, str]]
 KILLED = ServerAppDied(task_id="5", run_id="17", status=-9)
 
 
@@ -37,12 +38,14 @@ class FakeTimer:
 
 
 @pytest.fixture
-def requeued(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
-    """Return what was put back to pending; timers wait for the test."""
-    calls: list[tuple[Path, str]] = []
+def done(monkeypatch: pytest.MonkeyPatch) -> Done:
+    """Return what was written into the database; timers wait for the test."""
+    calls: Done = []
     FakeTimer.made = []
     monkeypatch.setattr(restarts.threading, "Timer", FakeTimer)
-    monkeypatch.setattr(restarts.linkstate, "requeue_task", lambda file, task: calls.append((file, task)))
+    link = restarts.linkstate
+    monkeypatch.setattr(link, "requeue_task", lambda file, task, note: calls.append(("requeue", file, task, note)))
+    monkeypatch.setattr(link, "fail_task", lambda file, task, reason: calls.append(("fail", file, task, reason)))
     return calls
 
 
@@ -52,18 +55,19 @@ def log(tmp_path: Path) -> EventLog:
     return EventLog(tmp_path / "events.jsonl", replica_id=0)
 
 
-def test_serverapp_starts_again_after_growing_pauses(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+def test_serverapp_starts_again_after_growing_pauses(log: EventLog, done: Done) -> None:
     """The first one soon; one that dies again and again gets time."""
     book = Restarts(limit=3, events=log)
     for _ in range(3):
         book.restart(Path("db"), KILLED, term=1)
     assert [timer.pause_s for timer in FakeTimer.made] == pytest.approx([0.1, 0.5, 2.5])
-    assert requeued == []  # not before its time
+    assert done == []  # not before its time
     FakeTimer.made[0].fire()
-    assert requeued == [(Path("db"), "5")]
+    why = "the ServerApp of run 17 was ended by signal 9 without a result"
+    assert done == [("requeue", Path("db"), "5", f"{why}: it starts again (restart 1 of 3 in term 1)")]
 
 
-def test_limit_lets_the_run_fail_and_says_so(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+def test_limit_lets_the_run_fail_and_says_so(log: EventLog, done: Done) -> None:
     """A ServerApp that kills itself each time must not do so for ever."""
     book = Restarts(limit=1, events=log)
     book.restart(Path("db"), KILLED, term=1)
@@ -71,13 +75,12 @@ def test_limit_lets_the_run_fail_and_says_so(log: EventLog, requeued: list[tuple
     assert len(FakeTimer.made) == 1
     kinds = [(event["kind"], event["run_id"]) for event in log.after(0)]
     assert kinds == [("serverapp-died", "17"), ("error", "17")]
-    assert log.after(1)[0]["message"] == (
-        "the ServerApp of run 17 was ended by signal 9 without a result; it was started again 1 times in term 1, "
-        "which is the limit: the run fails"
-    )
+    reason = log.after(1)[0]["message"]
+    assert "it was started again once in term 1, the limit: the run fails" in reason
+    assert done == [("fail", Path("db"), "5", reason)]
 
 
-def test_count_is_of_one_run_in_one_term(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+def test_count_is_of_one_run_in_one_term(log: EventLog, done: Done) -> None:
     """Another run, or a new leader, has its own."""
     book = Restarts(limit=1, events=log)
     book.restart(Path("db"), KILLED, term=1)
@@ -87,7 +90,7 @@ def test_count_is_of_one_run_in_one_term(log: EventLog, requeued: list[tuple[Pat
     assert "ended with status 1 without a result" in log.after(2)[0]["message"]
 
 
-def test_stop_calls_off_what_waits(log: EventLog, requeued: list[tuple[Path, str]]) -> None:
+def test_stop_calls_off_what_waits(log: EventLog, done: Done) -> None:
     """Nothing is written into a database whose SuperLink has ended."""
     book = Restarts(limit=3, events=log)
     book.restart(Path("db"), KILLED, term=1)
@@ -95,15 +98,13 @@ def test_stop_calls_off_what_waits(log: EventLog, requeued: list[tuple[Path, str
     assert FakeTimer.made[0].is_cancelled
 
 
-def test_database_that_refuses_is_told(
-    log: EventLog, requeued: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_database_that_refuses_is_told(log: EventLog, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run would hang without a word."""
 
-    def refuse(_: Path, __: str) -> None:
+    def refuse(_: Path, __: str, *, note: str) -> None:
         raise ConfigError("unknown schema")
 
     monkeypatch.setattr(restarts.linkstate, "requeue_task", refuse)
     Restarts(limit=3, events=log).restart(Path("db"), KILLED, term=1)
     FakeTimer.made[0].fire()
-    assert log.after(1)[0]["message"] == "the ServerApp cannot be started again: unknown schema"
+    assert log.after(1)[0]["message"] == "the death of a ServerApp cannot be dealt with: unknown schema"
