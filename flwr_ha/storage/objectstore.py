@@ -40,11 +40,11 @@ class ObjectStorage:
 
     Parameters
     ----------
-    store : BlobStore
-        The own copies.
     url : str
         ``s3://bucket/prefix``, ``memory://prefix``, … or ``file:///shared/folder``, which is written
         with fsync and needs no fsspec.
+    store : BlobStore
+        The own copies.
     options : Mapping of str to Any
         Settings for the fsspec file system (``endpoint_url``, ``key``, …).
 
@@ -54,7 +54,7 @@ class ObjectStorage:
         The URL is unknown, or the package that it needs is not installed; says which.
     """
 
-    def __init__(self, store: BlobStore, url: str, *, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str, store: BlobStore, *, options: Mapping[str, Any] | None = None) -> None:
         self._store = store
         self._url = url
         self._objects: _Objects

@@ -170,7 +170,7 @@ class Replicator:
                         return
             finally:
                 _abort(clients)  # nobody waits for peers that have not answered
-        reasons = "; ".join(problems) or "there are no other replicas"
+        reasons = "; ".join(sorted(problems)) or "there are no other replicas"
         raise CheckpointError(f"no good copy of {', '.join(missing)} was found: {reasons}")
 
     def _pull(self, missing: list[str], client: PeerClient, answer: Future[frozenset[str]]) -> list[str]:

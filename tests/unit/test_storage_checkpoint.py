@@ -299,7 +299,7 @@ def _swap_offsets(header, inner):
         lambda h, i: i["parts"][0].update(digest=""),
         lambda h, i: i["parts"][0].update(shape=[2**40]),
         lambda h, i: i["parts"][0].update(shape=[-1]),
-        lambda h, i: i["parts"][0].update(dtype="|O"),
+        lambda h, i: i["parts"][0].update(dtype="|O", shape=[LARGE.nbytes // 8]),
         lambda h, i: i["parts"][0].update(dtype="nonsense"),
         lambda h, i: i["parts"][0].update(dtype=[["a", "|O"]]),
         lambda h, i: i["parts"][0].update(dtype=[1, 2, 3]),

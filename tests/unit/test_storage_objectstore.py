@@ -47,11 +47,11 @@ def test_blob_goes_out_and_comes_back_elsewhere(own, other, url):
     """The object lies under its hash, and another replica gets the same bytes."""
     data = [os.urandom(size) for size in (0, 10, 3_000_000)]
     digests = [own.put(each) for each in data]
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         assert storage.protect(digests, needed=2, timeout_s=LIMIT_S) == ()
     system, path = raw(url, digests[2])
     assert system.cat_file(path) == data[2]
-    with ObjectStorage(other, url) as storage:
+    with ObjectStorage(url, other) as storage:
         storage.fetch(digests, timeout_s=LIMIT_S)
         storage.fetch(digests, timeout_s=LIMIT_S)
     assert [other.read(digest) for digest in digests] == data
@@ -60,7 +60,7 @@ def test_blob_goes_out_and_comes_back_elsewhere(own, other, url):
 def test_object_that_is_there_is_not_stored_again(own, url):
     """An unchanged layer is not sent twice; an object of the wrong size is replaced."""
     digest = own.put(b"layer" * 1000)
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         storage.protect([digest], timeout_s=LIMIT_S)
         system, path = raw(url, digest)
         before = system.modified(path)
@@ -74,11 +74,11 @@ def test_object_that_is_there_is_not_stored_again(own, url):
 def test_corrupt_object_is_noticed(own, other, url):
     """What the store returns is verified like everything else."""
     digest = own.put(b"layer" * 1000)
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         storage.protect([digest], timeout_s=LIMIT_S)
     system, path = raw(url, digest)
     system.pipe_file(path, b"Layer" * 1000)
-    with ObjectStorage(other, url) as storage, pytest.raises(CheckpointCorruptError, match=digest) as caught:
+    with ObjectStorage(url, other) as storage, pytest.raises(CheckpointCorruptError, match=digest) as caught:
         storage.fetch([digest], timeout_s=LIMIT_S)
     assert url in str(caught.value)
     assert not other.has(digest)
@@ -86,7 +86,7 @@ def test_corrupt_object_is_noticed(own, other, url):
 
 def test_missing_object_is_named(own, url):
     """The operator reads which blob is not where."""
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         with pytest.raises(CheckpointError, match=f"{NOWHERE}.*it is not there"):
             storage.fetch([NOWHERE], timeout_s=LIMIT_S)
         with pytest.raises(CheckpointCorruptError, match=NOWHERE):
@@ -97,7 +97,7 @@ def test_bad_own_copy_is_not_stored(own, url):
     """A damaged file is found before it becomes the only copy."""
     digest = own.put(b"data")
     own.path(digest).write_bytes(b"date")
-    with ObjectStorage(own, url) as storage, pytest.raises(CheckpointCorruptError):
+    with ObjectStorage(url, own) as storage, pytest.raises(CheckpointCorruptError):
         storage.protect([digest], timeout_s=LIMIT_S)
     system, path = raw(url, digest)
     assert not system.exists(path)
@@ -117,7 +117,7 @@ class Failing:
 
 def test_store_that_fails_is_a_checkpoint_error(own, url):
     """Any library's error becomes ours, with the URL."""
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         storage._objects = Failing(RuntimeError("403 Forbidden"))
         with pytest.raises(CheckpointError, match="403 Forbidden") as caught:
             storage.protect([own.put(b"data")], timeout_s=LIMIT_S)
@@ -127,7 +127,7 @@ def test_store_that_fails_is_a_checkpoint_error(own, url):
 def test_store_that_hangs_is_given_up(own, url):
     """The commit fails in time and can be tried again."""
     hanging = Failing()
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         storage._objects = hanging
         with pytest.raises(CheckpointError, match=r"within 0\.1 s"):
             storage.protect([own.put(b"data")], timeout_s=0.1)
@@ -138,7 +138,7 @@ def test_old_objects_are_collected_and_named_or_young_ones_kept(own, monkeypatch
     """Age counts from the last time that an object was protected, give or take an hour."""
     url, clock = "memory://bucket/collect", [datetime.now(UTC)]
     kept, old = own.put(b"kept"), own.put(b"old")
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         system = storage._objects._system
         monkeypatch.setattr(storage._objects, "_age_s", lambda key: (clock[0] - system.modified(key)).total_seconds())
         storage.protect([kept, old], timeout_s=LIMIT_S)
@@ -157,14 +157,14 @@ def test_old_objects_are_collected_and_named_or_young_ones_kept(own, monkeypatch
 def test_storage_that_cannot_be_had_is_a_config_error(own, url, match):
     """The user reads which setting is wrong and what to install."""
     with pytest.raises(ConfigError, match=match) as caught:
-        ObjectStorage(own, url)
+        ObjectStorage(url, own)
     assert url in str(caught.value)
 
 
 def test_keys_are_the_hashes(own, url):
     """Buckets written by one version can be read by every other."""
     digest = own.put(b"abc")
-    with ObjectStorage(own, url) as storage:
+    with ObjectStorage(url, own) as storage:
         storage.protect([digest], timeout_s=LIMIT_S)
     system, prefix = fsspec.core.url_to_fs(url)
     assert system.cat_file(f"{prefix}/blobs/{hashlib.sha256(b'abc').hexdigest()}") == b"abc"

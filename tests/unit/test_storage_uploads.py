@@ -122,6 +122,17 @@ def test_two_uploads_of_one_blob_share_their_bytes(store):
     assert store.read(DIGEST) == other.read(DIGEST) == DATA
 
 
+def test_upload_that_was_removed_and_begun_anew_is_hashed_anew(store):
+    """What one sender remembers of a file that is gone does not spoil the next one."""
+    other = BlobStore(store.root)
+    upload = store.receive(DIGEST, len(DATA))
+    upload.append(0, b"wrong")
+    other.collect((), min_age_s=-1)
+    other.receive(DIGEST, len(DATA)).append(0, DATA)
+    upload.finish()
+    assert store.read(DIGEST) == DATA
+
+
 def test_racing_uploads_of_one_blob_do_not_mix_their_bytes(store):
     """Eight senders at once, each with pieces of its own size: the blob is whole, nobody fails."""
     problems, start = [], threading.Barrier(8)
