@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup zookeeper lint format test unit demo chaos bench clean
+.PHONY: help setup zookeeper testtools lint format test unit demo chaos bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,7 +20,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(STAMP) zookeeper ## Make .venv with all dependencies, and install ZooKeeper where that is possible
+setup: $(STAMP) zookeeper testtools ## Make .venv with all dependencies, and install ZooKeeper and Chromium where that is possible
 
 $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… chooses another)")'
@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 
 zookeeper:
 	@zookeeper/install.sh
+
+testtools: $(STAMP)
+	@tests/install.sh
 
 lint: $(STAMP) ## Check format, style, types and the layers
 	$(BIN)/ruff format --check .
@@ -49,13 +52,13 @@ test: setup ## Run the whole suite, real ZooKeeper and real SuperNodes included
 unit: $(STAMP) ## Run the tests that need no process
 	$(BIN)/python -m pytest tests/unit
 
-demo: setup ## Train the MNIST CNN while the leader is killed (ROUNDS=8 KILL=1 COORDINATOR=zookeeper|embedded)
+demo: $(STAMP) zookeeper ## Train the MNIST CNN while the leader is killed (ROUNDS=8 KILL=1 COORDINATOR=zookeeper|embedded)
 	$(BIN)/python -m flwr_ha demo --rounds $(ROUNDS) --kill $(KILL) --coordinator $(COORDINATOR)
 
-chaos: setup ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants
+chaos: $(STAMP) zookeeper ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS_) --seed $(SEED)
 
-bench: setup ## Measure side by side; writes bench/results.json
+bench: $(STAMP) zookeeper ## Measure side by side; writes bench/results.json
 	$(BIN)/python -m bench
 
 clean: ## Remove what setup, tests and the demo made

@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+REPLAYED = "flwr-ha.replayed"
+"""Name of the record that marks a reply which a client took from its cache."""
+
 Metrics = Mapping[str, float | int | Sequence[float] | Sequence[int]]
 
 

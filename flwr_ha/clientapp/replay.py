@@ -6,9 +6,10 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from flwr_ha.clientapp.replaystore import ReplayStore
+from flwr_ha.model import REPLAYED
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import ClientAppCallable
@@ -24,7 +25,8 @@ def replay_mod(message: Message, context: Context, call_next: ClientAppCallable)
     The same request is one with the same run, node, message type, group (`HighlyAvailable` puts
     the round there) and content. What the ClientApp changed in ``context.state`` is part of the
     answer: it is put back as well, so a client with a state goes on as if it had trained now.
-    Errors are not kept. The cache lies in the folder ``FLWR_HA_REPLAY_DIR``, by default below the
+    Errors are not kept. A reply from the cache carries a ConfigRecord more, by which `HighlyAvailable`
+    counts it; it takes it off. The cache lies in the folder ``FLWR_HA_REPLAY_DIR``, by default below the
     user's cache folder; a disk that refuses costs the replay, never the reply.
 
     Put it first: ``mods=[replay_mod, numpy_client_mod]``.
@@ -36,6 +38,7 @@ def replay_mod(message: Message, context: Context, call_next: ClientAppCallable)
         content, state = entry
         logger.info("%s: answered from the cache, nothing is computed again", _title(message))
         _replace(context.state, state)
+        content[REPLAYED] = ConfigRecord({"is-replayed": True})
         return Message(content, reply_to=message)
     reply = call_next(message, context)
     if reply.has_content():

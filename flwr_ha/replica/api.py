@@ -6,19 +6,26 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import anyio
+import anyio.to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+import flwr_ha
 from flwr_ha.errors import CoordinationError, HaError
+from flwr_ha.replica import metrics
+from flwr_ha.replica.openapi import openapi
 
-CALL_TIMEOUT_S = 2.0
+CALL_TIMEOUT_S = 1.8  # no call takes 2 s
+CALLS_AT_ONCE = 8
 MAX_BODY_BYTES = 64 * 1024
+LATE = "the coordinator has not answered in time; it may still have been done: GET /cluster shows it"
+T = TypeVar("T")
 
 
 class RefusedError(HaError):
@@ -26,7 +33,7 @@ class RefusedError(HaError):
 
 
 class ReplicaStatus(Protocol):
-    """What the REST API needs of the agent; no call but the last two blocks."""
+    """What the REST API needs of the agent; no call but the last three blocks."""
 
     def is_leader(self) -> bool:
         """Whether this replica leads and its lease has not run out."""
@@ -64,6 +71,10 @@ class ReplicaStatus(Protocol):
         """Return the newer events, oldest first."""
         ...
 
+    def metrics(self) -> bytes | None:
+        """Return the Prometheus text, or None where its library is missing; may wait for the disk."""
+        ...
+
     def ask_switchover(self, candidate: int | None) -> None:
         """Hand the leadership over; RefusedError where nobody can take it."""
         ...
@@ -82,12 +93,27 @@ def is_authorized(request: Request, secret: str) -> bool:
 def create_api(replica: ReplicaStatus, *, secret: str, routes: Sequence[BaseRoute] = ()) -> Starlette:
     """Return the ASGI app; `routes` are those of the blobs, the session and the dashboard."""
     endpoints = [*_state_routes(replica), *_information_routes(replica), *_operator_routes(replica, secret)]
-    return Starlette(routes=[*endpoints, *routes], exception_handlers={HTTPException: _problem, Exception: _failure})
+    app = Starlette(routes=[*endpoints, *routes], exception_handlers={HTTPException: _problem, Exception: _failure})
+    app.router.redirect_slashes = False  # an address that is not quite right is answered like any wrong one
+    return app
+
+
+class _Threads:
+    """Call what may block, and answer in time all the same: a call that hangs is left behind."""
+
+    def __init__(self) -> None:
+        self._limiter = anyio.CapacityLimiter(CALLS_AT_ONCE)  # of its own: what hangs must not keep the blobs waiting
+
+    async def call(self, act: Callable[[], T]) -> T:
+        """Return what `act` returns; TimeoutError after `CALL_TIMEOUT_S`."""
+        answer = anyio.to_thread.run_sync(act, abandon_on_cancel=True, limiter=self._limiter)
+        return await asyncio.wait_for(answer, CALL_TIMEOUT_S)
 
 
 async def _problem(_: Request, error: Exception) -> Response:
-    status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "failed")
-    return JSONResponse({"detail": detail}, status)
+    if not isinstance(error, HTTPException):
+        raise error
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
 async def _failure(_: Request, error: Exception) -> Response:
@@ -131,6 +157,8 @@ def _state_routes(replica: ReplicaStatus) -> list[Route]:
 
 
 def _information_routes(replica: ReplicaStatus) -> list[Route]:
+    threads, document = _Threads(), openapi(flwr_ha.__version__)
+
     async def cluster(_: Request) -> Response:
         return JSONResponse(replica.cluster())
 
@@ -147,7 +175,26 @@ def _information_routes(replica: ReplicaStatus) -> list[Route]:
             raise HTTPException(404, f"run {run_id} has no committed round here")
         return JSONResponse(log)
 
-    table = {"/cluster": cluster, "/history": history, "/events": events, "/runs/{run_id}/commits": commits}
+    async def measured(_: Request) -> Response:
+        try:
+            text = await threads.call(replica.metrics)
+        except TimeoutError:
+            raise HTTPException(503, "the disk does not answer") from None
+        if text is None:
+            raise HTTPException(501, metrics.MISSING)
+        return Response(text, media_type=metrics.CONTENT_TYPE)
+
+    async def description(_: Request) -> Response:
+        return JSONResponse(document)
+
+    table = {
+        "/cluster": cluster,
+        "/history": history,
+        "/events": events,
+        "/runs/{run_id}/commits": commits,
+        "/metrics": measured,
+        "/openapi.json": description,
+    }
     return [Route(path, endpoint, methods=["GET"]) for path, endpoint in table.items()]
 
 
@@ -161,16 +208,20 @@ def _whole_number(request: Request, name: str) -> int | None:
 
 
 def _operator_routes(replica: ReplicaStatus, secret: str) -> list[Route]:
+    threads = _Threads()
+
     def guarded(act: Callable[[dict[str, Any]], None], status: int) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             if not is_authorized(request, secret):
                 return JSONResponse({"detail": "Authorization: Bearer SECRET is missing or wrong"}, 401)
             body = await _json_object(request)
             try:
-                await asyncio.wait_for(run_in_threadpool(act, body), CALL_TIMEOUT_S)
+                await threads.call(lambda: act(body))
             except RefusedError as error:
                 return JSONResponse({"detail": str(error)}, 409)
-            except (CoordinationError, TimeoutError) as error:
+            except TimeoutError:
+                return JSONResponse({"detail": LATE}, 503)
+            except CoordinationError as error:
                 return JSONResponse({"detail": f"the coordinator does not answer: {error}"}, 503)
             return JSONResponse({}, status)
 
@@ -179,7 +230,7 @@ def _operator_routes(replica: ReplicaStatus, secret: str) -> list[Route]:
     def switchover(body: dict[str, Any]) -> None:
         candidate = body.get("candidate")
         if candidate is not None and (isinstance(candidate, bool) or not isinstance(candidate, int)):
-            raise RefusedError(f"candidate = {candidate!r} is not the id of a replica")
+            raise HTTPException(400, "candidate must be the id of a replica, a whole number")
         replica.ask_switchover(candidate)
 
     return [

@@ -7,7 +7,7 @@ import threading
 from types import TracebackType
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from flwr_ha.errors import ConfigError
 from flwr_ha.settings import Endpoint, TlsSettings
@@ -37,12 +37,13 @@ class ApiServer:
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, app: Starlette) -> None:
+    def start(self, app: ASGIApp) -> None:
         """Begin to answer."""
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
+            server_header=False,
             lifespan="off",
             ws="none",  # nothing here speaks WebSocket, and its library need not be loaded
             timeout_graceful_shutdown=1,

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flwr_ha.errors import CheckpointError, HaError, NoMajorityError
 from flwr_ha.model import Head, Position
 from flwr_ha.replica.eventlog import EventLog
 from flwr_ha.replica.holdings import Holdings, Storage
+from flwr_ha.replica.metrics import Meter, NoMeter
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.superlink import linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
@@ -41,7 +42,7 @@ class Tools:
         Own id.
     needed_copies : int
         Copies on other replicas without which nothing is committed.
-    store, storage, holdings, coordinator, events
+    store, storage, holdings, coordinator, events, meter
         The parts of this replica.
     """
 
@@ -52,6 +53,7 @@ class Tools:
     holdings: Holdings
     coordinator: Coordinator
     events: EventLog
+    meter: Meter = field(default_factory=NoMeter)
 
 
 class Duties:
@@ -209,7 +211,7 @@ class Duties:
         NoMajorityError, CoordinationError
             Not committed: try again.
         """
-        tools = self._tools
+        tools, start_s = self._tools, time.monotonic()
         with self._commit_locks[run_id]:
             done = tools.coordinator.head(run_id)
             if done is not None and done.position.digest == body["digest"]:
@@ -240,6 +242,7 @@ class Duties:
             term=head.position.term,
             digest=head.position.digest,
             model_digest=head.model_digest,
+            seconds=round(time.monotonic() - start_s, 6),
         )
         return head
 

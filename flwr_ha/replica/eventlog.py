@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flwr_ha.errors import ConfigError
 from flwr_ha.model import utc_now
 
 log = logging.getLogger(__name__)
+MAX_MESSAGE = 2000  # characters
 _LEVELS = {
     "reply-rejected": logging.WARNING,
     "not-committed": logging.WARNING,
@@ -34,10 +36,21 @@ class EventLog:
         How many are kept in memory, the newest.
     max_bytes : int
         Size of the file at which it is rotated.
+    on_event : callable
+        Gets each event, in the thread that adds it.
     """
 
-    def __init__(self, file: Path, *, replica_id: int, size: int = 2000, max_bytes: int = 16 * 1024**2) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        replica_id: int,
+        size: int = 2000,
+        max_bytes: int = 16 * 1024**2,
+        on_event: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
         self._file = file
+        self._on_event = on_event
         self._replica_id = replica_id
         self._events: deque[dict[str, Any]] = deque(maxlen=size)
         self._lock = threading.Lock()
@@ -68,10 +81,17 @@ class EventLog:
         with self._lock:
             self._number += 1
             number = self._number
-            event = {"number": number, "at": utc_now(), "replica": self._replica_id, "kind": kind, "message": message}
-            event.update(fields)
+            event = {
+                **fields,
+                "number": number,
+                "at": utc_now(),
+                "replica": self._replica_id,
+                "kind": kind,
+                "message": message[:MAX_MESSAGE],
+            }
             self._events.append(event)
             self._write(event)
+        self._on_event(event)
         log.log(_LEVELS.get(kind, logging.INFO), "replica %s: %s: %s", self._replica_id, kind, message)
 
     def _write(self, event: dict[str, Any]) -> None:

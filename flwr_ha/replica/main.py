@@ -23,11 +23,14 @@ from flwr_ha.errors import ConfigError
 from flwr_ha.replica.agent import Agent, Life, MakeLife
 from flwr_ha.replica.api import create_api, is_authorized
 from flwr_ha.replica.apiserver import ApiServer, bind
+from flwr_ha.replica.dashboard import page_routes
 from flwr_ha.replica.duties import Tools
 from flwr_ha.replica.eventlog import EventLog
+from flwr_ha.replica.headers import BrowserHeaders, api_origins
 from flwr_ha.replica.holdings import Holdings, Storage
 from flwr_ha.replica.machine import Timing
 from flwr_ha.replica.messages import StopAsked
+from flwr_ha.replica.metrics import Meter, make_meter
 from flwr_ha.replica.replica import Replica
 from flwr_ha.replica.sessionapi import session_routes
 from flwr_ha.settings import Endpoint, SessionSettings, Settings, TlsSettings
@@ -72,13 +75,14 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         secret = load_secret(settings)
         server = stack.enter_context(ApiServer(own.api, tls=settings.tls))
         blobs = BlobStore(folder / "store")
-        event_log = EventLog(folder / "events.jsonl", replica_id=replica_id)
+        meter = make_meter()
+        event_log = EventLog(folder / "events.jsonl", replica_id=replica_id, on_event=meter.on_event)
         store = make_store(settings)
         stack.callback(store.close)
         wake = threading.Event()
         store.start(wake.set, timeout_s=CONNECT_TIMEOUT_S)
         coordinator = Coordinator(store, replica_id=replica_id, instance=secrets.token_hex(8))
-        storage = stack.enter_context(_make_storage(settings, replica_id, blobs, secret))
+        storage = stack.enter_context(_make_storage(settings, replica_id, blobs, secret, meter))
         tools = Tools(
             replica_id=replica_id,
             needed_copies=settings.majority - 1 if settings.storage == "replicas" else 0,
@@ -87,6 +91,7 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
             holdings=Holdings(blobs, storage, coordinator, keep_checkpoints=settings.keep_checkpoints),
             coordinator=coordinator,
             events=event_log,
+            meter=meter,
         )
         # ServerApps come over a listener of their own: on loopback, without TLS, not to be seen from the network.
         session_server = stack.enter_context(ApiServer(Endpoint("127.0.0.1", 0), tls=TlsSettings()))
@@ -99,7 +104,8 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         routes = blob_routes(
             blobs, authorize=lambda request: is_authorized(request, secret), max_bytes=settings.max_blob_bytes
         )
-        server.start(create_api(replica, secret=secret, routes=routes))
+        api = create_api(replica, secret=secret, routes=[*routes, *page_routes()])
+        server.start(BrowserHeaders(api, api_origins(settings)))
         session_server.start(Starlette(routes=session_routes(replica)))
         stack.enter_context(_signals(agent))
         stack.enter_context(replica)
@@ -143,7 +149,9 @@ def make_store(settings: Settings) -> Store:
 
 
 @contextlib.contextmanager
-def _make_storage(settings: Settings, replica_id: int, blobs: BlobStore, secret: str) -> Iterator[Storage]:
+def _make_storage(
+    settings: Settings, replica_id: int, blobs: BlobStore, secret: str, meter: Meter
+) -> Iterator[Storage]:
     if settings.storage != "replicas":
         from flwr_ha.storage.objectstore import ObjectStorage
 
@@ -151,6 +159,7 @@ def _make_storage(settings: Settings, replica_id: int, blobs: BlobStore, secret:
         return
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]
     with Replicator(blobs, peers, secret=secret, tls=peer_context(settings.tls)) as replicator:
+        replicator.on_push = meter.on_push
         yield replicator
 
 

@@ -75,6 +75,7 @@ class Pulse:
         interval_s: float,
     ) -> None:
         self.sight = Sight()
+        self.renewed_s = time.monotonic()  # before the leadership was last proved
         self._agent = agent
         self._coordinator = coordinator
         self._holdings = holdings
@@ -124,6 +125,7 @@ class Pulse:
                 self._beat()
                 self._settle_trouble("")
             except CoordinationError as error:
+                self._agent.tools.meter.on_coordinator_error()
                 self._settle_trouble(str(error))
             except ConfigError as error:
                 self._agent.post(StopAsked(str(error)))
@@ -145,7 +147,9 @@ class Pulse:
         if office is not None:
             leadership = office.leadership
             try:
+                before_s = time.monotonic()
                 until_s = self._coordinator.renew(leadership, record)
+                self.renewed_s = before_s
                 self._agent.post(Renewed(leadership.term, until_s))
                 self._published = None
             except FencedError as error:

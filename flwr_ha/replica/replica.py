@@ -12,11 +12,12 @@ from typing import Any
 
 from flwr_ha.coordination.values import Record
 from flwr_ha.errors import FencedError
-from flwr_ha.model import Head, ReplicaState, RunStatus
+from flwr_ha.model import Head, ReplicaState, RunState, RunStatus
 from flwr_ha.replica.agent import Agent, Life, Office
 from flwr_ha.replica.api import RefusedError
 from flwr_ha.replica.clusterview import cluster_json
 from flwr_ha.replica.duties import Tools
+from flwr_ha.replica.measure import measure
 from flwr_ha.replica.messages import RunSettled, SuperLinkGone, SwitchoverAsked
 from flwr_ha.replica.pulse import Pulse
 from flwr_ha.replica.restarts import Restarts
@@ -141,6 +142,10 @@ class Replica:
         """Return the newer events, oldest first."""
         return self._tools.events.after(number)
 
+    def metrics(self) -> bytes | None:
+        """Return the Prometheus text; None where its library is missing."""
+        return self._tools.meter.text(measure(self._settings, self._agent, self.pulse, self._board))
+
     # --- what operators ask for ---
 
     def ask_switchover(self, candidate: int | None) -> None:
@@ -212,8 +217,18 @@ class Replica:
 
     def report(self, status: RunStatus) -> None:
         """Take note of what a run does."""
-        self._board.report(status)
+        before = self._board.report(status)
+        self._tools.meter.on_status(status)
+        self._note_pause(status, was_waiting=before is not None and before.state is RunState.WAITING)
         self.pulse.wake()
+
+    def _note_pause(self, status: RunStatus, *, was_waiting: bool) -> None:
+        """Log when a run begins to wait, and when it goes on."""
+        is_waiting = status.state is RunState.WAITING
+        if is_waiting and not was_waiting:
+            self._tools.events.add("run-waits", status.reason, run_id=status.run_id)
+        elif was_waiting and not is_waiting:
+            self._tools.events.add("run-goes-on", f"run {status.run_id} goes on", run_id=status.run_id)
 
     def note(self, run_id: str, body: dict[str, Any]) -> None:
         """Append an event of a run."""

@@ -25,10 +25,18 @@ class RunBoard:
             self._reports.clear()
             self._summary = None
 
-    def report(self, status: RunStatus) -> None:
-        """Take what a ServerApp says of its run."""
+    def report(self, status: RunStatus) -> RunStatus | None:
+        """Take what a ServerApp says of its run; return what it said before."""
         with self._lock:
+            before = self._reports.get(status.run_id)
             self._reports[status.run_id] = status
+        return before
+
+    @property
+    def nodes_online(self) -> int:
+        """SuperNodes that are online, as last read."""
+        with self._lock:
+            return 0 if self._summary is None else self._summary.nodes_online
 
     def observe(self, summary: Summary) -> tuple[str, ...]:
         """Take what Flower's database says; return the runs that have ended since the last time."""

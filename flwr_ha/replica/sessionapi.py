@@ -16,6 +16,8 @@ from flwr_ha.errors import CheckpointError, CoordinationError, FencedError, HaEr
 from flwr_ha.model import Head, RunStatus
 
 MAX_BODY_BYTES = 4 * 1024**2
+MAX_NOTE_FIELDS = 20
+MAX_NOTE_TEXT = 500  # characters
 
 
 class ServerAppHost(Protocol):
@@ -77,7 +79,7 @@ def _guarded(host: ServerAppHost, act: Act) -> Callable[[Request], Awaitable[Res
         if len(raw) > MAX_BODY_BYTES:
             return JSONResponse({"detail": "the request is too large"}, 413)
         try:
-            body = json.loads(raw) if raw else {}
+            body = json.loads(raw, parse_constant=_no_constant) if raw else {}
             return await run_in_threadpool(act, request, body)
         except HaError as error:
             return error_response(error)
@@ -85,6 +87,17 @@ def _guarded(host: ServerAppHost, act: Act) -> Callable[[Request], Awaitable[Res
             return JSONResponse({"detail": f"the request is malformed: {error!r}"}, 400)
 
     return endpoint
+
+
+def _brief(note: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a note goes into the event log, which stays in memory: a few plain values."""
+    plain = {str(key)[:50]: value for key, value in note.items() if isinstance(value, str | int | float)}
+    cut = {key: value[:MAX_NOTE_TEXT] if isinstance(value, str) else value for key, value in plain.items()}
+    return {"kind": note["kind"][:50], "message": note["message"], **dict(list(cut.items())[:MAX_NOTE_FIELDS])}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def session_routes(host: ServerAppHost) -> list[Route]:
@@ -101,7 +114,7 @@ def session_routes(host: ServerAppHost) -> list[Route]:
         return Response(status_code=204)
 
     def note(request: Request, body: dict[str, Any]) -> Response:
-        host.note(request.path_params["run_id"], body)
+        host.note(request.path_params["run_id"], _brief(body))
         return Response(status_code=204)
 
     def repair(request: Request, _: dict[str, Any]) -> Response:

@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
 
 from flwr_ha.errors import ConfigError
-from flwr_ha.model import RunState
+from flwr_ha.model import REPLAYED, RunState
 from flwr_ha.serverapp.context import RunContext
 from flwr_ha.serverapp.nodes import Kind, online, weight_key
 from flwr_ha.serverapp.rounds import (
@@ -184,6 +184,7 @@ class Gathering:
         key = self._asked.pop(reply.metadata.reply_to_message_id, None)
         if key is None or key in self._kept:
             return None
+        is_replayed = reply.has_content() and reply.content.pop(REPLAYED, None) is not None
         reason = why_rejected(reply, self._expectations[key[1]], node=key[0])
         if reason is not None and key in self._asked.values():
             return None  # it was asked again since then
@@ -191,14 +192,19 @@ class Gathering:
         is_current = key in self._messages
         if reason is None:
             self._kept[key] = reply
+            if is_replayed:
+                self._record("reply-replayed", "the node had the answer in its cache", key[0])
             return Valid(key[0]) if is_current else None
         if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             return Gone(key[0]) if is_current else None
         self._rejections[key] += reply.has_content()  # a client's cache does not hold errors
         logger.warning("round %d: the reply to %s was rejected: %s", self._server_round, self._kind, reason)
-        fields = {"server_round": self._server_round, "node": str(key[0]), "phase": self._kind}
-        self._run.session.record("reply-rejected", reason, **fields)
+        self._record("reply-rejected", reason, key[0])
         return Rejected(key[0], reason) if is_current else None
+
+    def _record(self, kind: str, message: str, node: int) -> None:
+        fields = {"server_round": self._server_round, "node": str(node), "phase": self._kind}
+        self._run.session.record(kind, message, **fields)
 
     def _look(self, phase: Phase) -> list[Event]:
         """Find out which nodes went, came back or were restarted, and ask again those whose work is lost."""

@@ -59,8 +59,10 @@ def blob_routes(store: BlobStore, *, authorize: Callable[[Request], bool], max_b
                 return _refusal(400, "this is not a digest")
             try:
                 return await endpoint(request)
-            except (ClientDisconnect, TimeoutError):
+            except ClientDisconnect:
                 return Response(status_code=400)  # nobody reads it
+            except TimeoutError:
+                return _refusal(408, f"nothing came for {_STALL_S:g} s")
             except CheckpointError as error:
                 return _refusal(507 if is_disk_full(error) else 500, str(error))
 
@@ -73,6 +75,10 @@ def blob_routes(store: BlobStore, *, authorize: Callable[[Request], bool], max_b
         Route(path, guarded(server.get), methods=["GET"]),
         Route(path, guarded(server.patch), methods=["PATCH"]),
     ]
+
+
+class _ExcessError(CheckpointError):
+    """The sender says one length and sends more."""
 
 
 class _BlobServer:
@@ -128,6 +134,8 @@ class _BlobServer:
             if offset < upload.total_bytes:
                 return Response(status_code=202, headers={"Upload-Offset": str(offset)})
             await run_in_threadpool(upload.finish)
+        except _ExcessError as error:
+            return _refusal(400, str(error))
         except OffsetError as error:
             if await run_in_threadpool(self._store.is_good, upload.digest):  # somebody else has completed it
                 return Response(status_code=200)
@@ -144,6 +152,8 @@ async def _append_body(body: _Body, upload: Upload, offset: int) -> int:
     writing: asyncio.Future[None] | None = None
     try:
         while batch := await body.read_batch():
+            if offset + len(batch) > upload.total_bytes:
+                raise _ExcessError(f"more than the announced {upload.total_bytes} bytes arrive")
             if writing is not None:
                 await writing
             writing = asyncio.ensure_future(run_in_threadpool(upload.append, offset, batch))

@@ -14,6 +14,7 @@ from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.peer import Peer, PeerClient
 
 _logger = logging.getLogger(__name__)
+OnPush = Callable[[int, int, float], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +65,8 @@ class Lane:
         Makes a client.
     changed : threading.Condition
         Shared by all lanes; guards lanes and jobs and is notified when a job goes on.
+    on_push : callable
+        Gets the peer's id, the bytes sent and the seconds of each copy that arrived.
     """
 
     def __init__(
@@ -74,11 +77,13 @@ class Lane:
         store: BlobStore,
         connect: Callable[[Peer], PeerClient],
         changed: threading.Condition,
+        on_push: OnPush,
     ) -> None:
         self.peer = peer
         self._store = store
         self._connect = connect
         self._changed = changed
+        self._on_push = on_push
         self._wanted: deque[Job] = deque()
         self._leftover: Job | None = None
         self._running: Job | None = None
@@ -147,7 +152,10 @@ class Lane:
         """Push what the peer lacks; return why it failed, or nothing."""
         try:
             for digest in job.digests:
+                start_s, before = time.monotonic(), self._client.sent_bytes
                 self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale)
+                if sent_bytes := self._client.sent_bytes - before:
+                    self._on_push(self.peer.id, sent_bytes, time.monotonic() - start_s)
         except CheckpointCorruptError as error:
             job.fault = error
             return str(error)

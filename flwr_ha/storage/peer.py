@@ -90,6 +90,7 @@ class PeerClient:
         timeout_s: float = 5.0,
     ) -> None:
         self.peer = peer
+        self.sent_bytes = 0  # of blobs, over the life of this client
         self._chunk_bytes = chunk_bytes
         self._aborted = threading.Event()
         self._sockets: list[socket.socket] = []
@@ -223,6 +224,7 @@ class PeerClient:
                 raise CheckpointError(f"{self.peer}: the transfer was given up")
             piece = file.read(min(count, _PIECE_BYTES))
             count -= len(piece)
+            self.sent_bytes += len(piece)
             yield piece
 
     def _pull_from(self, store: BlobStore, digest: str, offset: int) -> None:

@@ -12,7 +12,7 @@ from typing import Self
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, NoMajorityError
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.lanes import Job, Lane
+from flwr_ha.storage.lanes import Job, Lane, OnPush
 from flwr_ha.storage.peer import Peer, PeerClient
 
 __all__ = ["Peer", "PeerClient", "Replicator"]
@@ -59,6 +59,7 @@ class Replicator:
         self._tls = tls
         self._timeout_s = timeout_s
         self._grace_s = grace_s
+        self.on_push: OnPush = lambda peer, sent_bytes, seconds: None
         self._changed = threading.Condition()
         self._lanes: dict[tuple[Peer, str], Lane] = {}
         self._retired: list[Lane] = []
@@ -218,6 +219,7 @@ class Replicator:
                     store=self._store,
                     connect=self._connect,
                     changed=self._changed,
+                    on_push=self.on_push,
                 )
                 self._lanes[peer, kind] = lane
             lanes.append(lane)

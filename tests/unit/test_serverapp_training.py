@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     Bulyan,
@@ -34,6 +34,7 @@ from flwr.serverapp.strategy import (
 
 from flwr_ha import HighlyAvailable
 from flwr_ha.errors import ConfigError, FencedError, NotEnoughNodesError
+from flwr_ha.model import REPLAYED
 from flwr_ha.serverapp import strategy as strategy_module
 from flwr_ha.serverapp.session import NullSession
 from flwr_ha.serverapp.testing import (
@@ -209,6 +210,22 @@ def test_a_content_that_was_rejected_is_asked_under_another_group(world):
     grid.nodes[100].spoilers = [failed, nan]
     world.start(grid, FedAvg(min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=1), rounds=1, min_nodes=1)
     assert grid.groups == ["1", "1", "1.1", "1"]
+
+
+def test_a_reply_from_a_clients_cache_is_counted_and_changes_nothing(world, monkeypatch):
+    """The mark by which it is known is gone before anybody sorts or aggregates the replies."""
+
+    def replayed(good: RecordDict) -> RecordDict:
+        good[REPLAYED] = ConfigRecord({"is-replayed": True})
+        return good
+
+    noted = []
+    monkeypatch.setattr(NullSession, "record", lambda _, kind, message, **fields: noted.append((kind, fields["node"])))
+    wanted = world.start(world.grid(), FedAdam(), rounds=2, keep=False)
+    grid = world.grid()
+    grid.nodes[107].spoilers = [replayed]
+    same(world.start(grid, FedAdam(), rounds=2, keep=False), wanted)
+    assert noted == [("reply-replayed", "107")]
 
 
 def test_a_node_that_never_gives_a_good_reply_ends_the_training(world):
