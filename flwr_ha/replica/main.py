@@ -155,7 +155,8 @@ def _make_storage(
     if settings.storage != "replicas":
         from flwr_ha.storage.objectstore import ObjectStorage
 
-        yield ObjectStorage(settings.storage, blobs)
+        with ObjectStorage(blobs, settings.storage) as objects:
+            yield objects
         return
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]
     with Replicator(blobs, peers, secret=secret, tls=peer_context(settings.tls)) as replicator:
