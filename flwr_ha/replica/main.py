@@ -155,7 +155,7 @@ def _make_storage(
     if settings.storage != "replicas":
         from flwr_ha.storage.objectstore import ObjectStorage
 
-        with ObjectStorage(blobs, settings.storage) as objects:
+        with ObjectStorage(settings.storage, blobs) as objects:
             yield objects
         return
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]
