@@ -34,20 +34,21 @@ def view(array: Array) -> NDArray[Any]:
     """
     if array.stype != NUMPY:
         raise ValueError(f"it is serialized as {array.stype!r}, not by numpy")
-    buffer = io.BytesIO(array.data)
+    data = array.data  # read once: it may come from disk
+    buffer = io.BytesIO(data)
     version = np.lib.format.read_magic(buffer)
     if version not in ((1, 0), (2, 0)):
-        return np.load(io.BytesIO(array.data), allow_pickle=False)  # type: ignore[no-any-return]  # npy, not npz
+        return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]  # npy, not npz
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read_header(buffer)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     count = math.prod(shape)
-    if count * dtype.itemsize != len(array.data) - buffer.tell():
+    if count * dtype.itemsize != len(data) - buffer.tell():
         raise ValueError(f"its bytes do not fit the shape {shape} of {dtype}")
     if count == 0 or dtype.itemsize == 0:
         return np.zeros(shape, dtype)
-    flat: NDArray[Any] = np.frombuffer(array.data, dtype=dtype, count=count, offset=buffer.tell())
+    flat: NDArray[Any] = np.frombuffer(data, dtype=dtype, count=count, offset=buffer.tell())
     return flat.reshape(shape, order="F" if is_fortran else "C")
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr_ha.model import RunState, RunStatus
 from flwr_ha.serverapp.rounds import Rules
 from flwr_ha.serverapp.session import Session
+from flwr_ha.serverapp.spill import IN_MEMORY_BYTES
 
 
 class Clock(Protocol):
@@ -60,6 +61,8 @@ class RunContext:
         Rounds that the run is to have.
     max_attempts : int
         Attempts of one phase that may fail before the training gives up.
+    in_memory_bytes : int
+        Replies of one phase that may wait in memory; more wait on disk.
     """
 
     grid: Grid
@@ -70,6 +73,7 @@ class RunContext:
     app: str
     num_rounds: int
     max_attempts: int
+    in_memory_bytes: int = IN_MEMORY_BYTES
 
     def report(self, state: RunState, reason: str, *, nodes_online: int) -> None:
         """Show what the run does."""

@@ -30,6 +30,7 @@ from flwr_ha.serverapp.rounds import (
     begin,
     step,
 )
+from flwr_ha.serverapp.spill import GROUP_BYTES, Spill, is_spillable
 from flwr_ha.serverapp.validation import Expectation, expect, why_rejected
 
 logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr log` shows it
@@ -38,6 +39,7 @@ _POLL_S = (0.1, 0.5)  # first and longest pause between two polls for replies
 _NODES_INTERVAL_S = 1.0
 
 Key = tuple[int, str]  # node id and content hash: what a reply answers
+Order = tuple[list[str], str]  # by which replies are sorted
 
 
 class Gathering:
@@ -62,6 +64,9 @@ class Gathering:
         self._server_round = server_round
         self._state = RunState.TRAINING if kind == "train" else RunState.EVALUATING
         self._kept: dict[Key, Message] = {}
+        self._orders: dict[Key, Order] = {}
+        self._spill: Spill | None = None  # once the replies are too big to wait in memory
+        self._group = 0  # replies that are pulled at once; 0: all
         self._asked: dict[str, Key] = {}  # message id to what it asks, of all messages that may be answered
         self._working: dict[Key, str] = {}  # when the node registered that works on it
         self._rejections: Counter[Key] = Counter()
@@ -119,6 +124,8 @@ class Gathering:
     def forget(self) -> None:
         """Drop all replies: aggregation may have changed them."""
         self._kept.clear()
+        if self._spill is not None:
+            self._spill.forget()
 
     def _now_s(self) -> float:
         return self._run.clock.now_s()
@@ -146,8 +153,19 @@ class Gathering:
                     is_train = self._kind == "train"
                     self._expectations[content_id] = expect(content, is_train=is_train, weight_key=key)
                 self._messages[(message.metadata.dst_node_id, content_id)] = message
+        self._choose_place()
         if len({node for node, _ in self._messages}) < len(messages):
             raise ConfigError("the strategy asks one node twice in one phase: HighlyAvailable counts nodes")
+
+    def _choose_place(self) -> None:
+        """Let the replies wait on disk, and pull them one by one, where they may be too big for memory."""
+        if self._kind != "train" or self._spill is not None or not is_spillable(self._run.strategy):
+            return
+        records = (message.content.array_records.values() for message in self._messages.values())
+        sizes = [sum(record.count_bytes() for record in each) for each in records]
+        if sum(sizes) > self._run.in_memory_bytes:
+            self._spill = Spill(self._run.session.scratch_folder)
+            self._group = max(1, GROUP_BYTES // max(sizes))
 
     def _push(self, keys: Sequence[Key], nodes: Mapping[int, str]) -> None:
         fresh = [self._fresh(key) for key in keys]
@@ -175,9 +193,10 @@ class Gathering:
         return Message(message.content, key[0], kind, ttl=message.metadata.ttl, group_id=group)
 
     def _pull(self) -> list[Event]:
-        if not self._asked:
-            return []
-        events = [self._received(reply) for reply in self._run.grid.pull_messages(list(self._asked))]
+        ids = list(self._asked)
+        size = self._group or max(1, len(ids))
+        groups = [ids[start : start + size] for start in range(0, len(ids), size)]
+        events = [self._received(reply) for group in groups for reply in self._run.grid.pull_messages(group)]
         return [event for event in events if event is not None]
 
     def _received(self, reply: Message) -> Event | None:
@@ -191,7 +210,7 @@ class Gathering:
         self._working.pop(key, None)
         is_current = key in self._messages
         if reason is None:
-            self._kept[key] = reply
+            self._keep(key, reply)
             if is_replayed:
                 self._record("reply-replayed", "the node had the answer in its cache", key[0])
             return Valid(key[0]) if is_current else None
@@ -205,6 +224,13 @@ class Gathering:
     def _record(self, kind: str, message: str, node: int) -> None:
         fields = {"server_round": self._server_round, "node": str(node), "phase": self._kind}
         self._run.session.record(kind, message, **fields)
+
+    def _keep(self, key: Key, reply: Message) -> None:
+        with no_object_id_recompute():
+            self._orders[key] = _order(reply)
+            if self._spill is not None:
+                self._spill.keep(reply)
+        self._kept[key] = reply
 
     def _look(self, phase: Phase) -> list[Event]:
         """Find out which nodes went, came back or were restarted, and ask again those whose work is lost."""
@@ -230,11 +256,9 @@ class Gathering:
 
         The arrays decide first, since metrics may hold times; node ids and arrival never do.
         """
-        replies = [self._kept[key] for key in self._messages if key in self._kept]
-        with no_object_id_recompute():
-            keyed = [(_order(reply), index) for index, reply in enumerate(replies)]
-        return [replies[index] for _, index in sorted(keyed)]
+        keys = [key for key in self._messages if key in self._kept]
+        return [self._kept[key] for key in sorted(keys, key=lambda key: self._orders[key])]
 
 
-def _order(reply: Message) -> tuple[list[str], str]:
+def _order(reply: Message) -> Order:
     return [record.object_id for record in reply.content.array_records.values()], reply.content.object_id

@@ -70,6 +70,11 @@ class LocalSession:
             self._lock.close()
             raise
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Folder of this training."""
+        return self._folder
+
     def head(self) -> Head | None:
         """Return the newest round of an unfinished training, and take over its run id."""
         self._heads = self._read()

@@ -74,6 +74,11 @@ class ReplicaSession:
         self._last: RunStatus | None = None
         self._last_s = 0.0
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Folder beside the replica's blobs, on the same disk."""
+        return self._blobs().root
+
     def head(self) -> Head | None:
         """Return the committed head; remember where the replica keeps blobs."""
         answer = self._call("GET", f"/session/runs/{self.run_id}", doing="reading the committed head")

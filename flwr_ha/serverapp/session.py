@@ -27,6 +27,11 @@ class Session(Protocol):
         """Whether a run can hold one training only."""
         ...
 
+    @property
+    def scratch_folder(self) -> Path | None:
+        """Folder with room for replies that wait; None: the system's folder for temporary files."""
+        ...
+
     def head(self) -> Head | None:
         """Return what is committed, or None where nothing is; a replica also says its term.
 
@@ -78,6 +83,7 @@ class NullSession:
     """Keep nothing: plain Flower, with the threshold and the repeated rounds."""
 
     is_once_per_run = False
+    scratch_folder = None
 
     def __init__(self, *, run_id: str, app: str) -> None:
         self.run_id = run_id

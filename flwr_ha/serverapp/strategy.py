@@ -20,6 +20,7 @@ from flwr_ha.serverapp.context import Clock, RunContext, SystemClock
 from flwr_ha.serverapp.nodes import names
 from flwr_ha.serverapp.rounds import Rules
 from flwr_ha.serverapp.session import Session, open_session
+from flwr_ha.serverapp.spill import IN_MEMORY_BYTES
 from flwr_ha.serverapp.state import Memory
 from flwr_ha.serverapp.training import EvaluateFn, Training
 
@@ -72,6 +73,9 @@ class HighlyAvailable(Strategy):
 
     max_attempts: ClassVar[int] = 10
     """Attempts of one phase that may fail, by bad replies or a deadline, before `start` gives up."""
+
+    in_memory_bytes: ClassVar[int] = IN_MEMORY_BYTES
+    """Replies of one training phase that wait in memory; where they are bigger, they wait on disk."""
 
     clock: ClassVar[Clock] = SystemClock()
     """A seam for tests."""
@@ -181,6 +185,7 @@ class HighlyAvailable(Strategy):
             app=grid.run.fab_id,
             num_rounds=num_rounds,
             max_attempts=self.max_attempts,
+            in_memory_bytes=self.in_memory_bytes,
         )
 
     def configure_train(

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Result
 
 from flwr_ha.errors import ConfigError
 from flwr_ha.model import Head
+from flwr_ha.serverapp.aggregation import fast_averages
 from flwr_ha.serverapp.arrays import canonical, pack, unpack
 from flwr_ha.serverapp.context import RunContext
 from flwr_ha.serverapp.history import metrics_for_people, result_from_json, result_to_json
@@ -79,7 +80,8 @@ class Training:
         strategy, arrays = self._run.strategy, self._result.arrays
 
         def aggregate(replies: list[Message]) -> tuple[ArrayRecord, MetricRecord | None] | None:
-            aggregated, metrics = strategy.aggregate_train(server_round, replies)
+            with fast_averages():
+                aggregated, metrics = strategy.aggregate_train(server_round, replies)
             if aggregated is None:
                 return None if replies else (arrays, metrics)
             return aggregated, metrics

@@ -1,0 +1,137 @@
+"""The weighted average of Flower's FedAvg, block by block: the same bits in a fraction of the time.
+
+Flower copies each array twice and makes temporaries of the model's size. Here all replies are added
+up one block after the other, so that the operands stay in the processor's cache, straight into the
+bytes of the result.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.serverapp.strategy import strategy_utils
+from numpy.typing import NDArray
+
+from flwr_ha.serverapp.arrays import NUMPY
+from flwr_ha.serverapp.blocks import BLOCK, Blocks, blocks_of
+from flwr_ha.serverapp.rawbytes import new_bytes
+
+_USERS = ("flwr.serverapp.strategy.fedavg", "flwr.serverapp.strategy.multikrum")
+_PART = 2 * BLOCK  # elements that one thread takes at a time
+_THREADS = min(4, len(os.sched_getaffinity(0)))
+_NAME = "aggregate_arrayrecords"
+_plain = strategy_utils.aggregate_arrayrecords
+
+
+@contextmanager
+def fast_averages() -> Iterator[None]:
+    """Let Flower's strategies average with `weighted_average` inside.
+
+    FedAvg, everything built on its ``aggregate_train`` and MultiKrum call a function of their
+    module. It is replaced only where it is Flower's own, and put back at the end.
+    """
+    replaced = [module for module in map(import_module, _USERS) if getattr(module, _NAME, None) is _plain]
+    try:
+        for module in replaced:
+            setattr(module, _NAME, weighted_average)
+        yield
+    finally:
+        for module in replaced:
+            setattr(module, _NAME, _plain)
+
+
+def weighted_average(records: list[RecordDict], weighting_metric_name: str) -> ArrayRecord:
+    """Return what Flower's ``aggregate_arrayrecords`` returns, bit for bit.
+
+    Parameters
+    ----------
+    records : list of RecordDict
+        Replies, in the order in which they are to be added up.
+    weighting_metric_name : str
+        Metric that holds the weight of a reply.
+
+    Returns
+    -------
+    ArrayRecord
+        One array for each name.
+    """
+    weights = [cast(float, next(iter(r.metric_records.values()))[weighting_metric_name]) for r in records]
+    total = sum(weights)
+    named: dict[str, list[tuple[Array, float]]] = {}
+    for record, weight in zip(records, weights, strict=True):
+        for arrays in record.array_records.values():
+            for name, array in arrays.items():
+                named.setdefault(name, []).append((array, weight / total))
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="average") as pool:
+        return ArrayRecord({name: _average(terms, pool) for name, terms in named.items()})
+
+
+def _average(terms: Sequence[tuple[Array, float]], pool: Executor) -> Array:
+    try:
+        sources = [(blocks_of(array), weight) for array, weight in terms]
+    except ValueError:
+        return _average_as_a_whole(terms)
+    if any(source.shape != sources[0][0].shape for source, _ in sources):
+        return _average_as_a_whole(terms)
+    return _average_by_blocks(sources, pool)
+
+
+def _average_as_a_whole(terms: Sequence[tuple[Array, float]]) -> Array:
+    """Do what Flower does: for scalars, Fortran order and whatever else is no plain row of numbers."""
+    (first, weight), *others = terms
+    total = first.numpy() * weight
+    for array, weight in others:
+        total += array.numpy() * weight
+    return Array(np.asarray(total))
+
+
+def _average_by_blocks(sources: Sequence[tuple[Blocks, float]], pool: Executor) -> Array:
+    shape, dtype = sources[0][0].shape, _product(*sources[0])
+    header = _header(dtype, shape)
+    size_bytes = math.prod(shape) * dtype.itemsize
+    data, memory = new_bytes(len(header) + size_bytes)
+    memory[: len(header)] = np.frombuffer(header, np.uint8)
+    _fill_all(memory[len(header) :].view(dtype), sources, pool)
+    return Array(dtype=str(dtype), shape=shape, stype=NUMPY, data=data)
+
+
+def _fill_all(total: NDArray[Any], sources: Sequence[tuple[Blocks, float]], pool: Executor) -> None:
+    terms = [(source, weight, _product(source, weight)) for source, weight in sources]
+    starts = range(0, total.size, _PART)
+    list(pool.map(lambda start: _fill(total[start : start + _PART], terms, start), starts))
+
+
+def _fill(part: NDArray[Any], terms: Sequence[tuple[Blocks, float, np.dtype[Any]]], offset: int) -> None:
+    """Add up one part of the result; numpy lets other threads run meanwhile."""
+    (first, weight, _), *others = terms
+    scratch = {dtype: np.empty(min(BLOCK, part.size), dtype) for _, _, dtype in others}
+    for start in range(0, part.size, BLOCK):
+        block = part[start : start + BLOCK]
+        here, end = offset + start, offset + start + block.size
+        np.multiply(first.read(here, end), weight, out=block)
+        for source, factor, dtype in others:
+            product = scratch[dtype][: block.size]
+            np.multiply(source.read(here, end), factor, out=product)
+            np.add(block, product, out=block)
+
+
+def _product(source: Blocks, weight: float) -> np.dtype[Any]:
+    """Return the dtype of values times the weight: integers become floats."""
+    return cast("np.dtype[Any]", (np.zeros(1, source.dtype) * weight).dtype)
+
+
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return what ``numpy.save`` writes before the values."""
+    header = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
