@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_ha.errors import ConfigError
+from flwr_ha.failpoints import Failpoint
 from flwr_ha.settings import Endpoint, ReplicaSettings, SessionSettings, Settings, TlsSettings, ZooKeeperSettings
 
 DEFAULT_FILE = "pyproject.toml"
@@ -214,6 +215,12 @@ def session_from_environment(environ: Mapping[str, str] = os.environ) -> Session
     """Return how to reach the replica, or None where the ServerApp runs without one."""
     url, token = environ.get("FLWR_HA_SESSION"), environ.get("FLWR_HA_TOKEN")
     return SessionSettings(url, token) if url and token else None
+
+
+def failpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Failpoint | None:
+    """Return the failpoint that ``FLWR_HA_FAILPOINT`` names, for tests; ConfigError where there is no such one."""
+    text = environ.get("FLWR_HA_FAILPOINT")
+    return Failpoint.parse(text) if text else None
 
 
 def replay_dir_from_environment(environ: Mapping[str, str] = os.environ) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ from flwr_ha.tls import peer_context
 
 SUPERLINK, SUPEREXEC, SERVERAPP = "flwr_ha.superlink.child", "flwr_ha.superlink.superexec", "flwr-serverapp"
 REPLICA_TIMEOUT_S = 60.0
+_PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,11 @@ class LocalCluster:
         return f"127.0.0.1:{self._ports[0]}"
 
     @property
+    def supernode_address(self) -> str:
+        """What SuperNodes are told to connect to."""
+        return self.address
+
+    @property
     def settings(self) -> Settings:
         """The settings of the cluster, read from its file."""
         return load_settings(self.config)
@@ -169,15 +176,17 @@ class LocalCluster:
         self.ensemble.wait_ready(30.0)
         return self.ensemble.connect_string
 
-    def start_replica(self, replica_id: int, *arguments: str) -> Program:
-        """Start one replica."""
+    def start_replica(
+        self, replica_id: int, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Program:
+        """Start one replica; `environment` is added to that of the cluster."""
         app = self.plan.app
         command = [sys.executable, str(app / "server_app.py")] if app else [sys.executable, "-m", "flwr_ha", "replica"]
         program = Program(
             f"replica {replica_id}",
             [*command, "--id", str(replica_id), *arguments],
             log_file=self.folder / "logs" / f"replica-{replica_id}.log",
-            environment=self._environment,
+            environment={**self._environment, **environment},
             folder=app,
         )
         self.replicas[replica_id] = program
@@ -191,7 +200,7 @@ class LocalCluster:
         trust = ["--root-certificates", self._authority] if self._authority else ["--insecure"]
         program = Program(
             f"SuperNode {index}",
-            [str(self._bin / "flower-supernode"), *trust, "--superlink", self.address, *options],
+            [str(self._bin / "flower-supernode"), *trust, "--superlink", self.supernode_address, *options],
             log_file=self.folder / "logs" / f"supernode-{index}.log",
             environment=self._environment,
             folder=self.folder,
@@ -247,7 +256,9 @@ class LocalCluster:
 
     def _ask(self, replica_id: int, path: str, *, timeout_s: float) -> httpx.Response:
         url = f"{'https' if self._authority else 'http'}://127.0.0.1:{self._ports[1 + replica_id]}{path}"
-        return httpx.get(url, timeout=timeout_s, trust_env=False, verify=peer_context(self.settings.tls) or True)
+        # The default loads every public authority at each call, and this one is called many times a second.
+        context = (peer_context(self.settings.tls) if self._authority else None) or _PLAIN
+        return httpx.get(url, timeout=timeout_s, trust_env=False, verify=context)
 
     def wait_leader(self, *, timeout_s: float, other_than: int | None = None) -> int:
         """Return the id of the leader once there is one (another one)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flwr_ha.coordination.coordinator import Leadership
 from flwr_ha.errors import CoordinationError, HaError
+from flwr_ha.failpoints import reach
 from flwr_ha.replica.duties import Duties, Tools
 from flwr_ha.replica.machine import MachineState, Phase, Timing, step
 from flwr_ha.replica.messages import (
@@ -210,6 +211,7 @@ class Agent:
             return
         self._last = leadership
         self.office = Office(leadership, Duties(self.tools, leadership, life.superlink, life.database))
+        reach("takeover.elected")
         self.tools.events.add("elected", f"term {leadership.term}: {reason}", term=leadership.term)
         self.post(Elected(leadership.term, self._proven_until(before_s)))
 
@@ -234,7 +236,9 @@ class Agent:
 
     def _stand_down(self, term: int, reason: str) -> None:
         office, self.office = self.office, None
+        reach("stand-down.begin")
         self._end_superlink()  # first, so that nobody else serves before this one has ended
+        reach("stand-down.after-kill")
         self.tools.events.add("stand-down", f"term {term}: {reason}", term=term)
         if office is not None:
             self._worker.submit(self._resign, office.leadership, reason)

@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from flwr_ha.coordination.coordinator import Coordinator, Leadership
-from flwr_ha.errors import CheckpointError, HaError, NoMajorityError
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError, HaError, NoMajorityError
+from flwr_ha.failpoints import reach
 from flwr_ha.model import Head, Position
 from flwr_ha.replica.eventlog import EventLog
 from flwr_ha.replica.holdings import Holdings, Storage
 from flwr_ha.replica.metrics import Meter, NoMeter
 from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.digests import BlobLostError, BlobMissingError
 from flwr_ha.superlink import linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
-from flwr_ha.superlink.procfs import ChildRecord, kill_stale_child
+from flwr_ha.superlink.procfs import ChildRecord, kill_stale_child, listens_on
 from flwr_ha.superlink.snapshot import unfinished_runs
 
 log = logging.getLogger(__name__)
 FETCH_TIMEOUT_S = 600.0
 OPEN_TIMEOUT_S = 3.0
+STALE_AFTER_S = 0.3  # the lease of an earlier leader has ended, so its SuperLink closes now or is frozen
 LOGS_EVERY_S = 10.0
 SLOWEST_BYTES_PER_S = 2e6  # a link to a standby that is slower than this counts as down
 PROTECT_CONTROL_TIMEOUT_S = 10.0
@@ -103,13 +106,17 @@ class Duties:
         control = tools.coordinator.control_head()
         if control is not None:
             tools.holdings.ensure(control.digest, is_control=True, timeout_s=FETCH_TIMEOUT_S)
+            reach("takeover.after-fetch")
             snapshot = tools.store.read(control.digest)
             self._ensure_checkpoints(unfinished_runs(snapshot))
+            reach("takeover.after-checkpoints")
             linkstate.restore(
                 self._database, snapshot, tools.store.read, now_s=time.time(), note=self._takeover_note(tools)
             )
             self._control_digest = control.digest
+            reach("takeover.after-restore")
         self._open_public(address, stale)
+        reach("takeover.after-open")
 
     def _takeover_note(self, tools: Tools) -> Callable[[str], str]:
         """Return what the log of an unfinished run says: a ServerApp without HighlyAvailable begins anew."""
@@ -130,19 +137,23 @@ class Duties:
         that all replicas share it would keep every successor from serving.
         """
         try:
-            self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
+            self._superlink.open_public(address, timeout_s=STALE_AFTER_S)
         except HaError:
-            ended = [record for record in stale if kill_stale_child(record, OPEN_TIMEOUT_S)]
-            if not ended:
-                raise
-            pids = ", ".join(str(record.pid) for record in ended)
-            self._tools.events.add("fenced", f"the frozen SuperLink of an earlier term was ended (process {pids})")
+            port = int(address.rpartition(":")[2])
+            holders = [record for record in stale if listens_on(record.pid, port)]  # a healthy standby does not
+            ended = [record for record in holders if kill_stale_child(record, OPEN_TIMEOUT_S)]
+            if ended:
+                pids = ", ".join(str(record.pid) for record in ended)
+                self._tools.events.add("fenced", f"the frozen SuperLink of an earlier term was ended (process {pids})")
             self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
 
     def _ensure_checkpoints(self, unfinished: frozenset[str]) -> None:
         for run_id, head in self._tools.coordinator.heads().items():
             try:
                 self._tools.holdings.ensure(head.position.digest, is_control=False, timeout_s=FETCH_TIMEOUT_S)
+            except BlobLostError as error:
+                # Waiting would not bring it back, and the other runs can go on: this one's ServerApp will say so.
+                self._tools.events.add("error", f"the checkpoint of run {run_id} is lost: {error}", run_id=run_id)
             except CheckpointError as error:
                 if run_id in unfinished:
                     raise
@@ -166,12 +177,15 @@ class Duties:
                     self._database, tools.store.put, logs_until=self._logs_until(), known_fabs=self._known_fabs
                 )
                 digest = tools.store.put(control.snapshot)
+                reach("control.after-export")
                 if digest == self._control_digest:
                     return True
                 copies = tools.storage.protect(
                     [*control.blobs, digest], needed=tools.needed_copies, timeout_s=PROTECT_CONTROL_TIMEOUT_S
                 )
+                reach("control.after-protect")
                 tools.coordinator.commit_control(self.leadership, digest, (tools.replica_id, *copies))
+                reach("control.after-transaction")
             except HaError as error:
                 if str(error) != self._trouble:  # it is tried twice a second: say it once
                     tools.events.add("not-committed", f"control plane: {error}", term=self.leadership.term)
@@ -210,17 +224,21 @@ class Duties:
             A newer term exists: the ServerApp must end.
         NoMajorityError, CoordinationError
             Not committed: try again.
+        CheckpointCorruptError
+            The blobs have changed since they were written: write them again.
         """
         tools, start_s = self._tools, time.monotonic()
         with self._commit_locks[run_id]:
             done = tools.coordinator.head(run_id)
             if done is not None and done.position.digest == body["digest"]:
                 return done
+            reach("commit.begin")
             digests = [*body["parts"], body["digest"]]
             absent = [digest for digest in digests if not tools.store.has(digest)]
             if absent:
-                raise CheckpointError(f"{absent[0]} was not written to {tools.store.root}")
+                raise BlobMissingError(absent[0], f"{absent[0]} is not in {tools.store.root}")
             copies = self._protect(run_id, digests)
+            reach("commit.after-protect")
             check()
             head = Head(
                 run_id=run_id,
@@ -232,7 +250,9 @@ class Duties:
                 copies=tuple(sorted((tools.replica_id, *copies))),
                 metrics=body["metrics"],
             )
+            reach("commit.before-transaction")
             head = tools.coordinator.commit(self.leadership, head)
+            reach("commit.after-transaction")
         self._log_mark_s = float("-inf")  # the log of the round comes along with the next picture
         tools.events.add(
             "commit",
@@ -244,6 +264,7 @@ class Duties:
             model_digest=head.model_digest,
             seconds=round(time.monotonic() - start_s, 6),
         )
+        reach("commit.before-answer")
         return head
 
     def _protect(self, run_id: str, digests: list[str]) -> tuple[int, ...]:
@@ -251,6 +272,8 @@ class Duties:
             size_bytes = sum(self._tools.store.size(digest) for digest in digests)
             timeout_s = PROTECT_TIMEOUT_S + size_bytes / SLOWEST_BYTES_PER_S
             return self._tools.storage.protect(digests, needed=self._tools.needed_copies, timeout_s=timeout_s)
-        except NoMajorityError as error:
-            self._tools.events.add("not-committed", f"run {run_id}: {error}", run_id=run_id)
+        except CheckpointCorruptError:
             raise
+        except CheckpointError as error:  # an object store that does not answer is as good as no majority
+            self._tools.events.add("not-committed", f"run {run_id}: {error}", run_id=run_id)
+            raise NoMajorityError(str(error)) from error

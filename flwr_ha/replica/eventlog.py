@@ -19,6 +19,7 @@ _LEVELS = {
     "reply-rejected": logging.WARNING,
     "not-committed": logging.WARNING,
     "copy-missing": logging.WARNING,
+    "disk": logging.WARNING,
     "error": logging.ERROR,
 }
 

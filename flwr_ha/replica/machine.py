@@ -26,6 +26,7 @@ from flwr_ha.replica.messages import (
     Exit,
     ExtendLease,
     Fenced,
+    FitnessChanged,
     NotElected,
     Renewed,
     Resign,
@@ -114,6 +115,8 @@ class MachineState:
         Whether its SuperLink is ready to serve.
     is_stopping : bool
         Whether the process is to end.
+    unfit : str
+        Why it must not lead, such as a full disk; empty where it may.
     rest_until_s : float
         Monotonic time before which it does not campaign.
     leaderless_since_s : float or None
@@ -128,6 +131,7 @@ class MachineState:
     lease_until_s: float = 0.0
     is_warm: bool = False
     is_stopping: bool = False
+    unfit: str = ""
     rest_until_s: float = 0.0
     leaderless_since_s: float | None = None
     drain: Drain | None = None
@@ -148,10 +152,8 @@ def step(state: MachineState, event: Event, *, now_s: float, timing: Timing = Ti
     match event:
         case Tick():
             return _tick(state, now_s)
-        case SuperLinkReady():
-            return replace(state, is_warm=True), ()
-        case SuperLinkGone(reason=reason):
-            return _superlink_gone(state, reason)
+        case SuperLinkReady() | SuperLinkGone() | FitnessChanged():
+            return _own_parts(state, event)
         case Seen():
             return _seen(state, event, now_s, timing)
         case Elected() | NotElected():
@@ -174,13 +176,19 @@ def _tick(state: MachineState, now_s: float) -> Step:
     return state, ()
 
 
-def _superlink_gone(state: MachineState, reason: str) -> Step:
-    cold = replace(state, is_warm=False)
-    if state.is_elected:
-        return _stand_down(cold, reason)
-    if state.is_stopping:
-        return cold, ()
-    return cold, (StartSuperLink(f"{reason}: start it again as a standby"),)
+def _own_parts(state: MachineState, event: SuperLinkReady | SuperLinkGone | FitnessChanged) -> Step:
+    match event:
+        case SuperLinkReady():
+            return replace(state, is_warm=True), ()
+        case FitnessChanged(reason=reason):
+            changed = replace(state, unfit=reason)
+            return _stand_down(changed, reason) if reason and state.is_elected else (changed, ())
+        case SuperLinkGone(reason=reason):
+            cold = replace(state, is_warm=False)
+            if state.is_elected:
+                return _stand_down(cold, reason)
+            again = StartSuperLink(f"{reason}: start it again as a standby")
+            return cold, () if state.is_stopping else (again,)
 
 
 def _seen(state: MachineState, seen: Seen, now_s: float, timing: Timing) -> Step:
@@ -202,7 +210,9 @@ def _seen(state: MachineState, seen: Seen, now_s: float, timing: Timing) -> Step
 
 
 def _may_campaign(state: MachineState, seen: Seen, now_s: float, deferred_until_s: float) -> bool:
-    if state.phase is not Phase.STANDBY or state.is_stopping or not state.is_warm or now_s < state.rest_until_s:
+    if state.phase is not Phase.STANDBY or state.is_stopping or state.unfit:
+        return False
+    if not state.is_warm or now_s < state.rest_until_s:
         return False
     if seen.candidate is not None:  # an operator's switchover counts in a paused cluster too
         return seen.candidate == state.replica_id or (now_s >= deferred_until_s and not seen.is_paused)
@@ -210,11 +220,9 @@ def _may_campaign(state: MachineState, seen: Seen, now_s: float, deferred_until_
 
 
 def _why_campaign(state: MachineState, seen: Seen) -> str:
-    if seen.term == 0:
-        return "first election of this cluster"
     if seen.candidate == state.replica_id:
         return "switchover to this replica"
-    return f"the leader of term {seen.term} is gone"
+    return f"the leader of term {seen.term} is gone" if seen.term else "first election of this cluster"
 
 
 def _ballot(state: MachineState, event: Elected | NotElected, now_s: float) -> Step:
@@ -225,13 +233,16 @@ def _ballot(state: MachineState, event: Elected | NotElected, now_s: float) -> S
             standby = replace(state, phase=Phase.STANDBY)
             return _stop(standby, "the process is to end") if state.is_stopping else (standby, ())
         case Elected(term=term, lease_until_s=until_s):
-            if term <= 0 or term < state.term:
-                raise ImpossibleEventError(f"{event} goes back: {state}")
+            if term <= 0:
+                raise ImpossibleEventError(f"{event} is no term: {state}")
+            if term < state.term:  # its answer took so long that others have led since
+                down, actions = _stand_down(state, f"term {state.term} began before term {term} was heard of")
+                return _stop(down, "the process is to end") if state.is_stopping else (down, actions)
             elected = replace(state, phase=Phase.TAKING_OVER, term=term, lease_until_s=until_s, leaderless_since_s=None)
             if state.is_stopping:
                 return _stop(elected, "the process is to end")
-            if not state.is_warm:
-                return _stand_down(elected, "the SuperLink is not ready")
+            if state.unfit or not state.is_warm:
+                return _stand_down(elected, state.unfit or "the SuperLink is not ready")
             if now_s >= until_s:
                 return _stand_down(elected, "the lease ran out during the election")
             return elected, (

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 
-from flwr_ha.config import load_secret, load_zookeeper_password
+from flwr_ha import failpoints
+from flwr_ha.config import failpoint_from_environment, load_secret, load_zookeeper_password
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.protocol import Store
 from flwr_ha.errors import ConfigError
@@ -67,6 +68,7 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
     CoordinationError
         The coordinator cannot be reached.
     """
+    failpoints.arm(failpoint_from_environment())
     own = settings.replica(replica_id)
     linkstate.check_flower()
     check_server_files(settings.tls)

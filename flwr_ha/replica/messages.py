@@ -22,6 +22,13 @@ class SuperLinkGone:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class FitnessChanged:
+    """The disk of this replica has become unfit for a leader, and why; or, with an empty reason, fit again."""
+
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """The coordinator was read: who leads, the newest term, and what operators asked for.
@@ -114,6 +121,7 @@ Event = (
     Tick
     | SuperLinkReady
     | SuperLinkGone
+    | FitnessChanged
     | Seen
     | Elected
     | NotElected

@@ -14,8 +14,9 @@ from flwr_ha.coordination.values import Record
 from flwr_ha.errors import ConfigError, CoordinationError, FencedError
 from flwr_ha.model import Head, LeadershipChange, ReplicaState
 from flwr_ha.replica.agent import Agent
+from flwr_ha.replica.disk import DiskWatch, needed_bytes
 from flwr_ha.replica.holdings import Holdings
-from flwr_ha.replica.messages import Crashed, Fenced, Renewed, Seen, StopAsked
+from flwr_ha.replica.messages import Crashed, Fenced, FitnessChanged, Renewed, Seen, StopAsked
 from flwr_ha.superlink.procfs import ChildRecord
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Pulse:
         self._wake = wake
         self._stop = threading.Event()
         self._trouble = ""
+        self._disk = DiskWatch(agent.tools.store.root)
         self._superlinks: dict[int, ChildRecord] = {}
         self._published: Record | None = None
         self._published_s = float("-inf")
@@ -199,9 +201,15 @@ class Pulse:
     def _follow_for_ever(self) -> None:
         while not self._stop.wait(FOLLOW_EVERY_S):
             try:
+                self._look_at_disk()
                 before = self._holdings.holds
                 self._holdings.follow(self.sight.view, is_leader=self._agent.office is not None)
                 if self._holdings.holds != before:
                     self.wake()  # publish it
             except Exception:
                 log.exception("the holdings cannot be followed this time")
+
+    def _look_at_disk(self) -> None:
+        if self._disk.look(needed_bytes(self.sight.view.heads.values())):
+            self._agent.tools.events.add("disk", self._disk.trouble or "the disk has room again")
+            self._agent.post(FitnessChanged(self._disk.trouble))

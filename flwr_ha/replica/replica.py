@@ -120,6 +120,8 @@ class Replica:
         """Return why this replica could not lead, or an empty text."""
         if time.monotonic() - self.pulse.sight.read_s > self._settings.session_timeout_s:
             return "the coordinator does not answer"
+        if self._agent.state.unfit:
+            return self._agent.state.unfit
         if not self._agent.state.is_warm and not self._agent.state.is_elected:
             return "the SuperLink is not ready"
         return ""

@@ -12,7 +12,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from flwr_ha.errors import CheckpointError, CoordinationError, FencedError, HaError, NoMajorityError
+from flwr_ha.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CoordinationError,
+    FencedError,
+    HaError,
+    NoMajorityError,
+)
 from flwr_ha.model import Head, RunStatus
 
 MAX_BODY_BYTES = 4 * 1024**2
@@ -58,6 +65,8 @@ def error_response(error: HaError) -> JSONResponse:
             return JSONResponse({**body, "kind": "majority"}, 503)
         case CoordinationError():
             return JSONResponse({**body, "kind": "coordination"}, 503)
+        case CheckpointCorruptError():
+            return JSONResponse({**body, "kind": "corrupt"}, 422)
         case CheckpointError():
             return JSONResponse(body, 422)
         case _:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, FencedError
+from flwr_ha.failpoints import reach
 from flwr_ha.model import Head, Metrics, RunState, RunStatus
 from flwr_ha.settings import SessionSettings
 from flwr_ha.storage.blobs import BlobStore
@@ -121,8 +122,18 @@ class ReplicaSession:
 
     def commit(self, checkpoint: Checkpoint, metrics: Metrics) -> Head:
         """Write the blobs next to the replica's own, then have them replicated and committed."""
+        pauses = _Pauses(self._sleep)
+        while True:
+            try:
+                return self._commit(checkpoint, metrics)
+            except CheckpointCorruptError as error:  # a bad disk; the round is still in memory
+                logger.warning("%s: the checkpoint is written again", error)
+            pauses.wait()
+
+    def _commit(self, checkpoint: Checkpoint, metrics: Metrics) -> Head:
         from flwr_ha.storage.checkpoint import save
 
+        reach("session.before-save")
         saved = self._persist(lambda: save(checkpoint, self._blobs()), checkpoint)
         body = {
             "server_round": checkpoint.server_round,
@@ -134,8 +145,11 @@ class ReplicaSession:
             "app": self._app,
             "metrics": dict(metrics),
         }
+        reach("session.after-save")
         path = f"/session/runs/{self.run_id}/commit"
-        return Head.from_json(self._call("POST", path, body, doing=f"committing round {checkpoint.server_round}"))
+        answer = self._call("POST", path, body, doing=f"committing round {checkpoint.server_round}")
+        reach("session.after-commit")
+        return Head.from_json(answer)
 
     def _persist(self, write: Callable[[], Any], checkpoint: Checkpoint) -> Any:
         """Write until it succeeds: a full disk can be emptied, and the round is still in memory."""
@@ -208,7 +222,8 @@ class ReplicaSession:
                     return response.json() if response.content else None
                 reason = _detail(response)
                 if response.status_code < 500:
-                    raise CheckpointError(f"{doing}: {reason}")
+                    kind = CheckpointCorruptError if _kind(response) == "corrupt" else CheckpointError
+                    raise kind(f"{doing}: {reason}")
                 self._waiting(f"{doing}: {reason}")
             if pauses.is_log_due():
                 logger.warning("%s: %s; trying again", doing, reason)
@@ -238,6 +253,13 @@ class _Pauses:
 def _raise_if_fenced(response: httpx.Response) -> None:
     if response.status_code in (401, 409):
         raise FencedError(_detail(response))
+
+
+def _kind(response: httpx.Response) -> str:
+    try:
+        return str(response.json().get("kind", ""))
+    except (ValueError, AttributeError):
+        return ""
 
 
 def _detail(response: httpx.Response) -> str:

@@ -136,9 +136,11 @@ def open_session(*, run_id: str, app: str, name: str, checkpoint_dir: Path | Non
     checkpoint_dir : Path or None
         Folder for checkpoints outside of a replica.
     """
-    from flwr_ha.config import session_from_environment
+    from flwr_ha import failpoints
+    from flwr_ha.config import failpoint_from_environment, session_from_environment
 
     if (settings := session_from_environment()) is not None:
+        failpoints.arm(failpoint_from_environment())
         from flwr_ha.serverapp.replica_session import ReplicaSession
 
         return ReplicaSession(settings, run_id=run_id, app=app)

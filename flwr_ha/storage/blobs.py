@@ -13,6 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.failpoints import reach
 from flwr_ha.storage import files
 from flwr_ha.storage.digests import PREFIX, BlobCorruptError, BlobMissingError, is_digest, validate_digest
 from flwr_ha.storage.files import CHUNK_BYTES, Buffer, disk_errors, locked
@@ -264,7 +265,9 @@ class BlobStore:
     def _publish(self, digest: str, descriptor: int, path: Path) -> None:
         """Give a complete file its name; in this order a power cut leaves the whole blob or none."""
         os.fsync(descriptor)
+        reach("blob.before-rename")
         path.replace(self.path(digest))
+        reach("blob.after-rename")
         files.fsync_folder(self._blobs)
         self._verified[digest] = _stamp(os.fstat(descriptor))
         with self._uploads_lock:

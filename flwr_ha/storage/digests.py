@@ -28,6 +28,10 @@ class BlobMissingError(BlobCorruptError):
     """There is no local copy of a blob: fetch it from a peer."""
 
 
+class BlobLostError(BlobCorruptError):
+    """All replicas have answered, and none has a good copy of a blob: take an older checkpoint."""
+
+
 def is_digest(text: str) -> bool:
     """Whether `text` is ``sha256:`` and 64 lower-case hexadecimal digits, and nothing else."""
     return _DIGEST.fullmatch(text) is not None

@@ -12,6 +12,7 @@ from typing import Self
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, NoMajorityError
 from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.digests import BlobLostError
 from flwr_ha.storage.lanes import Job, Lane, OnPush
 from flwr_ha.storage.peer import Peer, PeerClient
 
@@ -140,8 +141,10 @@ class Replicator:
 
         Raises
         ------
+        BlobLostError
+            All peers have answered, and none has a good copy of one of them.
         CheckpointError
-            No peer has a good copy of one of them, or not in time; names it and the peers.
+            No good copy was found in time, but a peer that did not answer may have one: try again.
         """
         missing = [digest for digest in dict.fromkeys(digests) if not self._store.is_good(digest)]
         if not missing:
@@ -162,21 +165,29 @@ class Replicator:
     def _fetch(self, missing: list[str], clients: Sequence[PeerClient]) -> None:
         """Pull from the peers in the order in which they say what they have: a dead one delays nothing."""
         problems: list[str] = []
+        silent: list[str] = []
         with ThreadPoolExecutor(max(len(clients), 1), thread_name_prefix="replication-fetch") as pool:
             try:
                 asked = {pool.submit(_held_by, client, tuple(missing)): client for client in clients}
                 for answer in as_completed(asked):
-                    problems += self._pull(missing, asked[answer], answer)
+                    self._pull(missing, asked[answer], answer, problems, silent)
                     if not missing:
                         return
             finally:
                 _abort(clients)  # nobody waits for peers that have not answered
-        reasons = "; ".join(sorted(problems)) or "there are no other replicas"
-        raise CheckpointError(f"no good copy of {', '.join(missing)} was found: {reasons}")
+        reasons = "; ".join(sorted(problems + silent)) or "there are no other replicas"
+        message = f"no good copy of {', '.join(missing)} was found: {reasons}"
+        raise CheckpointError(message) if silent else BlobLostError(missing[0], message)
 
-    def _pull(self, missing: list[str], client: PeerClient, answer: Future[frozenset[str]]) -> list[str]:
-        """Pull what a peer has, take it off `missing`, and return what went wrong."""
-        problems = []
+    def _pull(
+        self,
+        missing: list[str],
+        client: PeerClient,
+        answer: Future[frozenset[str]],
+        problems: list[str],
+        silent: list[str],
+    ) -> None:
+        """Pull what a peer has and take it off `missing`; add what it lacks, or that it did not answer."""
         try:
             held = answer.result()
             for digest in tuple(missing):
@@ -189,8 +200,7 @@ class Replicator:
                 except CheckpointCorruptError as error:
                     problems.append(str(error))
         except CheckpointError as error:
-            problems.append(str(error))
-        return problems
+            silent.append(str(error))
 
     def _too_few(self, job: Job, lanes: Sequence[Lane], needed: int, timeout_s: float) -> NoMajorityError:
         reasons = [

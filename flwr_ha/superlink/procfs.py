@@ -14,6 +14,7 @@ from typing import Any
 CHILD_MODULE = "flwr_ha.superlink.child"
 
 _PROC = Path("/proc")
+_LISTENING = "0A"  # TCP_LISTEN of <linux/tcp.h>, as /proc/net/tcp shows it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,26 @@ def kill_stale_child(record: ChildRecord, timeout_s: float) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def listens_on(pid: int, port: int) -> bool:
+    """Whether a process of this machine, which may be frozen, holds a listening TCP socket of this port."""
+    inodes: set[str] = set()
+    with contextlib.suppress(OSError):
+        for name in ("tcp", "tcp6"):
+            for line in (_PROC / str(pid) / "net" / name).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+        return any(_link(file) in inodes for file in (_PROC / str(pid) / "fd").iterdir())
+    return False
+
+
+def _link(file: Path) -> str:
+    try:
+        return str(file.readlink())
+    except OSError:
+        return ""  # closed meanwhile
 
 
 def kill_tree(pid: int, timeout_s: float) -> bool:

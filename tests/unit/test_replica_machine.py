@@ -244,10 +244,11 @@ def test_ballot_that_nobody_asked_for_is_a_bug(event: Event) -> None:
         Trace(SuperLinkReady()).feed(event)
 
 
-def test_term_that_goes_back_is_a_bug() -> None:
-    """The coordinator promises that it never does."""
-    with pytest.raises(ImpossibleEventError, match="goes back"):
-        Trace(SuperLinkReady(), NOBODY).feed(Elected(2, 10.0))
+def test_election_that_a_newer_term_has_overtaken_is_no_leadership() -> None:
+    """The answer took so long that the session was lost and another replica has led since."""
+    overtaken = (SuperLinkReady(), NOBODY, Seen(leader=1, term=5))
+    assert Trace(*overtaken).kinds(Elected(4, 10.0)) == [StandDown, StartSuperLink]
+    assert Trace(*overtaken, StopAsked("SIGTERM")).kinds(Elected(4, 10.0)) == [Exit]
 
 
 def test_every_action_says_why() -> None:

@@ -182,6 +182,25 @@ def test_a_refused_commit_is_an_error(agent, session):
         session.commit(checkpoint(1), {})
 
 
+def test_a_checkpoint_that_went_bad_before_its_commit_is_written_again(agent, session):
+    """The round is still in memory: a bad disk must not make the run fail."""
+    session.head()
+    bad = {"detail": "the bytes have changed", "kind": "corrupt"}
+    agent.script["/commit"] = [httpx.Response(422, json=bad)]
+    reply = agent.answer
+
+    def answer(path, body):
+        if path.endswith("/commit"):
+            assert all(agent.store.is_good(digest) for digest in (body["digest"], *body["parts"]))
+        return reply(path, body)
+
+    agent.answer = answer
+    agent.store.path(save(checkpoint(1), agent.store).digest).unlink()
+
+    assert session.commit(checkpoint(1), {}).position.server_round == 1
+    assert len([path for path, _ in agent.calls if path.endswith("/commit")]) == 2
+
+
 def test_a_full_disk_is_waited_for(agent, session, monkeypatch):
     """The round is still in memory; somebody can make room."""
     session.head()

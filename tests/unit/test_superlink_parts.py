@@ -98,6 +98,19 @@ def test_process_whose_parent_is_gone_already_ends() -> None:
     assert (done.returncode, done.stdout) == (1, b"")
 
 
+def test_the_holder_of_a_port_is_found_and_nobody_else_is() -> None:
+    """A healthy standby on the same machine must not be taken for the frozen leader that holds the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as other:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):  # a client of the port does not hold it
+            assert procfs.listens_on(os.getpid(), port)
+            listener.close()
+            assert not procfs.listens_on(os.getpid(), port)
+        assert procfs.listens_on(os.getpid(), other.getsockname()[1])
+    assert not procfs.listens_on(os.getppid(), port)
+    assert not procfs.listens_on(2**22 + 1, port)  # there is no such process
+
+
 def test_stale_child_is_killed_only_when_all_of_its_record_fits() -> None:
     """Another boot, container, start time or program is not touched, whatever process has the number now."""
     child = subprocess.Popen([sys.executable, "-c", SLEEP, procfs.CHILD_MODULE])
