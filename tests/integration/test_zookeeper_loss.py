@@ -6,12 +6,7 @@ import pytest
 
 from tests.integration.observed import ObservedRun
 
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.zookeeper,
-    pytest.mark.timeout(300),
-    pytest.mark.xdist_group("endless"),
-]
+pytestmark = [pytest.mark.processes, pytest.mark.zookeeper, pytest.mark.timeout(300)]
 NODES = range(3)
 
 

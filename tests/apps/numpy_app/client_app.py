@@ -15,10 +15,12 @@ from flwr_ha.clientapp import numpy_client_mod, replay_mod
 class NumpyClient(NumPyClient):
     """Add a step that depends on the partition, the round and the model."""
 
-    def __init__(self, partition: int, step_s: float, calls: str) -> None:
-        self.partition = partition
-        self.step_s = step_s
-        self.calls = calls
+    def __init__(self, context: Context) -> None:
+        self.partition = int(context.node_config["partition-id"])
+        self.run_id = context.run_id
+        self.step_s = float(context.run_config["step-s"])
+        self.is_broken = self.partition == int(context.run_config["broken-partition"])
+        self.calls = str(context.node_config.get("calls", "")) or os.environ.get("FLWR_HA_TEST_CALLS", "")
 
     def fit(self, parameters: list[np.ndarray], config: dict) -> tuple[list[np.ndarray], int, dict]:
         """Train for ``step_s`` seconds."""
@@ -26,6 +28,8 @@ class NumpyClient(NumPyClient):
         threading.Event().wait(self.step_s)
         rng = np.random.default_rng([self.partition, server_round])
         arrays = [(0.9 * w + 0.1 * rng.normal(size=w.shape)).astype(w.dtype) for w in parameters]
+        if self.is_broken:
+            arrays[0].flat[0] = np.nan
         self.note(f"train {server_round}")
         return arrays, 100 + self.partition, {"train_loss": 1.0 / server_round}
 
@@ -37,16 +41,15 @@ class NumpyClient(NumPyClient):
     def note(self, line: str) -> None:
         """Append a line in one write, so that lines of several processes never mix."""
         if self.calls:
-            Path(self.calls).mkdir(parents=True, exist_ok=True)
-            with (Path(self.calls) / f"partition-{self.partition}").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            for folder in (Path(self.calls), Path(self.calls) / f"run-{self.run_id}"):
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / f"partition-{self.partition}").open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
 
 def client_fn(context: Context) -> Client:
     """Return the client of this node's partition."""
-    calls = str(context.node_config.get("calls", "")) or os.environ.get("FLWR_HA_TEST_CALLS", "")
-    partition = int(context.node_config["partition-id"])
-    return NumpyClient(partition, float(context.run_config["step-s"]), calls).to_client()
+    return NumpyClient(context).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[replay_mod, numpy_client_mod])

@@ -38,6 +38,7 @@ def main(grid: Grid, context: Context) -> None:
         wait_timeout_s=float(config["wait-timeout-s"]) or None,
         checkpoint_dir=str(config["checkpoint-dir"]) or None,
     )
+    strategy.max_attempts = int(config["max-attempts"])
     rng = np.random.default_rng(int(config["seed"]))
     size = int(config["size"])
     initial = {"weight": rng.normal(size=size).astype(np.float32), "bias": np.zeros(8, np.float64)}

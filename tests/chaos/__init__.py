@@ -1,0 +1,1 @@
+"""Faults on purpose, and the proof that nothing is lost, repeated or torn by them."""
