@@ -66,8 +66,15 @@ def _from_folders(settings: Settings, run_id: str, error: CoordinationError) -> 
     stores = _local_stores(settings)
     if not stores:
         raise CoordinationError(f"{error}; and no replica has its folder in {settings.data_dir}")
-    logs = [read_committed(store.root) for store in stores]
+    logs, unreadable = [], []
+    for store in stores:
+        try:
+            logs.append(read_committed(store.root))
+        except CheckpointError as problem:
+            unreadable.append(str(problem))
     found = [log[run_id] for log in logs if run_id in log]
+    if not found and unreadable:
+        raise CheckpointError("; ".join(unreadable))
     if not found:
         raise _unknown(settings, run_id, sorted({run for log in logs for run in log}))
     return max(found, key=lambda log: (log[-1]["term"], log[-1]["server_round"]) if log else (0, 0))
@@ -176,7 +183,12 @@ def _get(digest: str, stores: Sequence[BlobStore], target: BlobStore, fetch: Cal
 
 
 def _fetcher(settings: Settings, target: BlobStore, stack: ExitStack) -> Callable[[str], None]:
-    """Return what gets one blob from any replica that answers."""
+    """Return what gets one blob from the object store, or from any replica that answers."""
+    if settings.storage != "replicas":
+        from flwr_ha.storage.objectstore import ObjectStorage
+
+        objects = stack.enter_context(ObjectStorage(settings.storage, target))
+        return lambda digest: objects.fetch([digest], timeout_s=FETCH_TIMEOUT_S)
     secret_file = settings.secret_file or settings.data_dir / "secret"
     if not secret_file.exists():
 

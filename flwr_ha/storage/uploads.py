@@ -11,6 +11,9 @@ from pathlib import Path
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.files import Buffer, disk_errors, is_disk_full, open_locked, write_all
 
+_Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
+_NOTHING = (-1, 0, 0, 0)
+
 
 class OffsetError(CheckpointError):
     """The piece does not start where the upload is: go on from `offset`.
@@ -59,9 +62,9 @@ class Upload:
         self._target = target
         self._publish = publish
         self._lock = threading.Lock()
-        self._inode = -1
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
+        self._seen = _NOTHING
 
     @property
     def offset(self) -> int:
@@ -95,7 +98,7 @@ class Upload:
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size != offset:
             raise OffsetError(size)
-        self._notice_new_file(descriptor)
+        self._notice_others(descriptor)
         try:
             with disk_errors(self._partial.parent):
                 write_all(descriptor, chunk)
@@ -106,6 +109,7 @@ class Upload:
         if self._hashed_bytes == offset:
             self._hash.update(chunk)
             self._hashed_bytes += len(chunk)
+            self._seen = _stamp(descriptor)
 
     def finish(self) -> None:
         """Verify the whole and make it a blob that survives a power cut.
@@ -136,8 +140,11 @@ class Upload:
             if self._target.exists():  # another sender has finished, this is the start of one more upload
                 return
             raise OffsetError(size)
-        self._notice_new_file(descriptor)
-        self._catch_up(descriptor, size)
+        self._notice_others(descriptor)
+        if self._hashed_bytes < size:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                file.seek(0)
+                self._hash = hashlib.file_digest(file, "sha256")
         if f"sha256:{self._hash.hexdigest()}" != self.digest:
             self._partial.unlink(missing_ok=True)
             self._forget()
@@ -149,23 +156,24 @@ class Upload:
             self._partial.unlink(missing_ok=True)  # after a failed fsync a second one may succeed without cause
             raise
 
-    def _notice_new_file(self, descriptor: int) -> None:
-        inode = os.fstat(descriptor).st_ino
-        if inode != self._inode:
-            self._forget()
-            self._inode = inode
+    def _notice_others(self, descriptor: int) -> None:
+        """Forget the hash unless the file is as this upload has left it.
 
-    def _catch_up(self, descriptor: int, size: int) -> None:
-        """Hash what others, or an earlier life of this process, have written."""
-        if self._hashed_bytes < size:
-            with os.fdopen(os.dup(descriptor), "rb") as file:
-                file.seek(self._hashed_bytes)
-                hashlib.file_digest(file, lambda: self._hash)
-            self._hashed_bytes = size
+        Another process may have gone on with it, or have removed it and begun anew (under the same
+        inode number): a hash of bytes that are gone could even make a wrong file look right.
+        """
+        if _stamp(descriptor) != self._seen:
+            self._forget()
 
     def _forget(self) -> None:
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
+        self._seen = _NOTHING
+
+
+def _stamp(descriptor: int) -> _Stamp:
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def partial_bytes(partial: Path) -> int:

@@ -27,6 +27,7 @@ def check_log_of_flower(run: ObservedRun, rounds: int) -> None:
     assert f"result rounds {list(range(1, rounds + 1))}" in log
 
 
+@pytest.mark.zookeeper
 def test_run_survives_two_leaders(cluster: MakeCluster, tmp_path: Path) -> None:
     """One after the other dies, each comes back as a standby; no round is lost, no client works twice."""
     environment = {"FLWR_HA_TEST_CALLS": str(tmp_path / "calls")}

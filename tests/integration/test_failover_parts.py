@@ -18,7 +18,12 @@ from tests.integration.observed import (
     wait_serverapp,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.zookeeper, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.zookeeper,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("endless"),
+]
 
 
 def test_dead_superlink_is_replaced_within_two_seconds(training: ObservedRun) -> None:

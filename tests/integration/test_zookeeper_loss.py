@@ -6,7 +6,12 @@ import pytest
 
 from tests.integration.observed import ObservedRun
 
-pytestmark = [pytest.mark.processes, pytest.mark.zookeeper, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.zookeeper,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("endless"),
+]
 NODES = range(3)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,27 @@ def test_blobs_of_two_damaged_replicas_make_one_good_model(settings, heads, tmp_
         if second.size(digest) > 300_000:
             second.delete(digest)
     export_round(settings, RUN, None, tmp_path / "m")
+    np.testing.assert_array_equal(load_file(tmp_path / "m")["weight"], model(ROUNDS)["weight"])
+
+
+def test_unreadable_commit_log_is_passed_over_for_a_good_one(settings, heads, tmp_path):
+    """One damaged file does not hide what the other replica knows."""
+    (settings.replica_dir(0) / "store" / "committed.json").write_text("{")
+    assert len(committed_rounds(settings, RUN)) == ROUNDS
+    (settings.replica_dir(1) / "store" / "committed.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"committed\.json is not JSON"):
+        committed_rounds(settings, RUN)
+
+
+def test_blobs_come_from_the_shared_folder_where_the_cluster_uses_one(settings, heads, tmp_path):
+    """The replicas' own copies are gone, the object store still has them."""
+    shared = tmp_path / "shared"
+    shutil.copytree(settings.replica_dir(0) / "store", shared)
+    for replica_id in range(2):
+        store = BlobStore(settings.replica_dir(replica_id) / "store")
+        for digest in store.digests():
+            store.delete(digest)
+    export_round(replace(settings, storage=f"file://{shared}"), RUN, None, tmp_path / "m")
     np.testing.assert_array_equal(load_file(tmp_path / "m")["weight"], model(ROUNDS)["weight"])
 
 

@@ -1,0 +1,56 @@
+"""The main job: the example trains eight rounds of its CNN while the leader is killed in the middle of round 3."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from flwr_ha.local.cluster import REPLICA_TIMEOUT_S, Plan
+from flwr_ha.local.processes import wait_until
+from flwr_ha.storage import checkpoint
+from flwr_ha.storage.blobs import BlobStore
+from tests.integration.observed import MakeCluster, ObservedRun, at_s, wait_next_term
+
+pytestmark = [pytest.mark.processes, pytest.mark.zookeeper, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+ROUNDS = 8
+
+
+def history(run: ObservedRun) -> dict[str, dict[str, object]]:
+    """Return the metrics that the last checkpoint holds: the Result that the ServerApp returned."""
+    head = run.commit_log()[-1]
+    store = BlobStore(run.cluster.settings.replica_dir(head.copies[0]) / "store")
+    return dict(checkpoint.load(head.position.digest, store).history)
+
+
+def test_cnn_trains_on_through_the_death_of_its_leader(cluster: MakeCluster) -> None:
+    """Same run, same nodes, eight rounds committed once each, a full Result, and a model that has learned."""
+    made = cluster(Plan(app=ROOT, supernodes=5, session_timeout_s=4.0))
+    made.start()
+
+    def submitted() -> list[str]:
+        return [run["run_id"] for run in (made.get("/cluster") or {"runs": []})["runs"] if run["nodes_online"] == 5]
+
+    (run_id,) = wait_until(submitted, timeout_s=2 * REPLICA_TIMEOUT_S, what="the example's run on five SuperNodes")
+    run = ObservedRun(made, run_id)
+    assert run.wait_middle_of_round(2) == 2
+    leader, term = made.wait_leader(timeout_s=30.0), made.get("/cluster")["term"]
+
+    killed_at_s, killed_s = time.time(), time.monotonic()
+    made.replicas[leader].kill_tree()
+    successor = made.wait_leader(timeout_s=30.0, other_than=leader)
+    answered_s = time.monotonic() - killed_s
+
+    assert successor != leader
+    assert at_s(wait_next_term(made, after=term)) - killed_at_s < made.plan.session_timeout_s + 2.0
+    assert answered_s < made.plan.session_timeout_s + 2.0
+    finished = run.wait_finished()
+    run.check_finished(ROUNDS)
+    assert finished["server_round"] == ROUNDS
+    assert finished["metrics"][str(ROUNDS)]["accuracy"] >= 0.93
+    rounds = {str(server_round) for server_round in range(1, ROUNDS + 1)}
+    told = history(run)
+    assert {part: set(metrics) - {"0"} for part, metrics in told.items()} == dict.fromkeys(told, rounds)
+    assert {head.position.term for head in run.commit_log()} == {1, 2}
