@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -25,9 +26,18 @@ def history(run: ObservedRun) -> dict[str, dict[str, object]]:
     return dict(checkpoint.load(head.position.digest, store).history)
 
 
-def test_cnn_trains_on_through_the_death_of_its_leader(cluster: MakeCluster) -> None:
+def copied_example(folder: Path) -> Path:
+    """Copy the app: an edit in the project during the test would make it another app, with a run of its own."""
+    folder.mkdir()
+    for name in ("server_app.py", "client_app.py", "task.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_cnn_trains_on_through_the_death_of_its_leader(cluster: MakeCluster, tmp_path: Path) -> None:
     """Same run, same nodes, eight rounds committed once each, a full Result, and a model that has learned."""
-    made = cluster(Plan(app=ROOT, supernodes=5, session_timeout_s=4.0))
+    app, environment = copied_example(tmp_path / "app"), {"PYTHONPATH": str(ROOT)}
+    made = cluster(Plan(app=app, supernodes=5, session_timeout_s=4.0, environment=environment))
     made.start()
 
     def submitted() -> list[str]:
