@@ -90,6 +90,10 @@ class Committer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Commit nothing more; may be called twice."""
         self._stop.set()
         self._thread.join(timeout=30.0)
         assert not self._thread.is_alive(), "the committer does not end"

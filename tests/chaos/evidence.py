@@ -36,6 +36,8 @@ class Evidence:
         Digests of committed checkpoints that nobody could read, and why.
     trainings : mapping of (str, str, int) to int
         How often the client of a run and partition trained a round.
+    allowed_repeats : int
+        Trainings that may be repeated, since a SuperNode was killed with what it had done.
     min_nodes : mapping of str to int
         Threshold of each run that has one.
     final_models : mapping of str to str
@@ -50,6 +52,7 @@ class Evidence:
     rounds: Mapping[str, int] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     trainings: Mapping[tuple[str, str, int], int] = field(default_factory=dict)
+    allowed_repeats: int = 0
     min_nodes: Mapping[str, int] = field(default_factory=dict)
     final_models: Mapping[str, str] = field(default_factory=dict)
     expected_models: Mapping[str, str] = field(default_factory=dict)

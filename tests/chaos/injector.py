@@ -1,0 +1,277 @@
+"""Carry a fault plan out on a cluster whose connections run over links, and heal it after each fault."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path as File
+from types import MappingProxyType
+
+from flwr_ha.errors import HaError
+from flwr_ha.local.cluster import SERVERAPP, SUPERLINK, LocalCluster, Plan
+from flwr_ha.local.processes import Program, wait_until
+from tests.chaos import plans
+from tests.chaos.faults import empty_disk, fill_disk, flip_bit, store_of, truncate
+from tests.chaos.links import Link, Links
+from tests.chaos.plans import Corrupt, Cut, FillDisk, Freeze, Kill, LoseReply, Part, Step
+
+logger = logging.getLogger(__name__)
+HEAL_TIMEOUT_S = 120.0
+PARTS = {Part.SUPERLINK: SUPERLINK, Part.SERVERAPP: SERVERAPP}
+
+
+class LinkedCluster(LocalCluster):
+    """Run a cluster on ZooKeeper in which each replica and the clients reach the others over links of their own.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the cluster.
+    plan : Plan
+        With ZooKeeper.
+    links : Links
+        Running.
+    """
+
+    def __init__(self, folder: File, plan: Plan, links: Links) -> None:
+        super().__init__(folder, plan)
+        self.to_zookeeper: dict[int, list[Link]] = {}
+        self.between: dict[tuple[int, int], Link] = {}
+        self._links = links
+        self.clients = links.add(_port(self.address))
+
+    @property
+    def supernode_address(self) -> str:
+        """The link in front of the public address."""
+        return f"127.0.0.1:{self.clients.port}"
+
+    def start_coordinator(self) -> None:
+        """Start ZooKeeper, and write a settings file for each replica."""
+        super().start_coordinator()
+        assert self.ensemble is not None
+        apis = {replica.id: replica.api.port for replica in self.settings.replicas}
+        for own in apis:
+            ports = {port: self._links.add(port) for port in self.ensemble.client_ports}
+            self.to_zookeeper[own] = list(ports.values())
+            for other, port in apis.items():
+                if other != own:
+                    ports[port] = self.between[own, other] = self._links.add(port)
+            text = self.config.read_text(encoding="utf-8")
+            for port, link in ports.items():
+                text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{link.port}")
+            self._config_of(own).write_text(text, encoding="utf-8")
+
+    def _config_of(self, replica_id: int) -> File:
+        return self.config.with_name(f"flwr-ha-{replica_id}.toml")
+
+    def start_replica(
+        self, replica_id: int, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Program:
+        """Start one replica with its own settings."""
+        own = {"FLWR_HA_CONFIG": str(self._config_of(replica_id))}
+        return super().start_replica(replica_id, *arguments, environment={**own, **environment})
+
+    def links_of(self, replica_id: int, path: plans.Path) -> list[Link]:
+        """Return the links that a cut of this replica breaks."""
+        to_replicas = [link for pair, link in self.between.items() if replica_id in pair]
+        match path:
+            case plans.Path.TO_ZOOKEEPER:
+                return self.to_zookeeper[replica_id]
+            case plans.Path.TO_REPLICAS:
+                return to_replicas
+            case plans.Path.TO_ALL:
+                return [*self.to_zookeeper[replica_id], *to_replicas]
+            case plans.Path.OF_CLIENTS:
+                return [self.clients]
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+class Injector:
+    """Break things and heal them.
+
+    Parameters
+    ----------
+    cluster : LinkedCluster
+        Started.
+    rng : random.Random
+        Chooses what a step leaves open.
+    """
+
+    def __init__(self, cluster: LinkedCluster, rng: random.Random) -> None:
+        self.counts: Counter[str] = Counter()
+        self.supernode_kills = 0
+        self._cluster = cluster
+        self._rng = rng
+
+    def carry_out(self, step: Step) -> None:
+        """Let a fault come, last, and be healed; returns once all replicas run and one leads.
+
+        Raises
+        ------
+        HaError
+            The cluster did not recover: an invariant is broken.
+        """
+        target = self._target(step)
+        logger.info("%s -> replica %d", step.fault, target)
+        self.counts[_name(step)] += 1
+        with ExitStack() as healing:
+            match step.fault:
+                case Kill(part):
+                    self._kill(part, target)
+                case Freeze(part, sessions):
+                    healing.enter_context(self._frozen(part, target))
+                    self._last(sessions)
+                case Cut(path, sessions):
+                    healing.enter_context(_cut(self._cluster.links_of(target, path)))
+                    self._last(sessions)
+                case Corrupt(is_truncated):
+                    self._corrupt(target, is_truncated)
+                case FillDisk(sessions):
+                    folder = self._cluster.settings.replica_dir(target)
+                    fill_disk(folder)
+                    healing.callback(empty_disk, folder)
+                    self._last(sessions)
+                case LoseReply():
+                    for link in self._cluster.to_zookeeper[target]:
+                        link.lose_reply()
+        self.heal()
+
+    def _target(self, step: Step) -> int:
+        leader = self._cluster.wait_leader(timeout_s=HEAL_TIMEOUT_S)
+        others = [each for each in self._cluster.replicas if each != leader]
+        return leader if step.is_leader_hit else self._rng.choice(others)
+
+    def _last(self, sessions: float) -> None:
+        end_s = time.monotonic() + sessions * self._cluster.plan.session_timeout_s
+        wait_until(lambda: time.monotonic() >= end_s, timeout_s=HEAL_TIMEOUT_S, what="the end of the fault")
+
+    def _kill(self, part: Part, target: int) -> None:
+        cluster = self._cluster
+        match part:
+            case Part.TREE:
+                cluster.replicas[target].kill_tree()
+            case Part.AGENT:
+                cluster.replicas[target].kill()
+            case Part.ZOOKEEPER:
+                assert cluster.ensemble is not None
+                cluster.ensemble.kill(self._rng.randrange(len(cluster.ensemble.client_ports)))
+            case Part.SUPERNODE:
+                self.supernode_kills += 1
+                cluster.supernodes[self._rng.choice(sorted(cluster.supernodes))].kill_tree()
+            case _:
+                pid = cluster.replicas[target].find(PARTS[part])
+                if pid is not None:
+                    os.kill(pid, signal.SIGKILL)
+
+    @contextmanager
+    def _frozen(self, part: Part, target: int) -> Iterator[None]:
+        cluster = self._cluster
+        if part is Part.ZOOKEEPER:
+            assert cluster.ensemble is not None
+            index = self._rng.randrange(len(cluster.ensemble.client_ports))
+            cluster.ensemble.freeze(index)
+            yield
+            cluster.ensemble.thaw(index)
+            return
+        program = cluster.replicas[target]
+        if part is Part.SUPERNODE:
+            program = cluster.supernodes[self._rng.choice(sorted(cluster.supernodes))]
+        pids: tuple[int | None, ...] = program.tree()
+        if part is Part.AGENT:
+            pids = (program.pid,)
+        elif part in PARTS:
+            pids = (program.find(PARTS[part]),)
+        for pid in pids:
+            _signal(pid, signal.SIGSTOP)
+        yield
+        for pid in pids:
+            _signal(pid, signal.SIGCONT)
+
+    def _corrupt(self, target: int, is_truncated: bool) -> None:
+        """Hurt a blob of a checkpoint that was written lately."""
+        store = store_of(self._cluster, target)
+        paths = sorted((store.path(digest) for digest in store.digests()), key=_mtime)[-6:]
+        if not paths:
+            return
+        path = self._rng.choice(paths)
+        try:
+            if is_truncated:
+                truncate(path, self._rng.random())
+            elif path.stat().st_size:
+                flip_bit(path, self._rng.randrange(1 << 30))
+        except FileNotFoundError:
+            return  # collected meanwhile
+
+    def heal(self) -> None:
+        """Start what has ended, and wait until all replicas run and one leads; HaError where that does not come."""
+        cluster = self._cluster
+        assert cluster.ensemble is not None
+        for index in range(len(cluster.ensemble.client_ports)):
+            cluster.ensemble.start_node(index)
+        cluster.ensemble.wait_ready(HEAL_TIMEOUT_S)
+        for replica_id, program in list(cluster.replicas.items()):
+            if not program.is_alive:
+                cluster.start_replica(replica_id)
+        for index, program in list(cluster.supernodes.items()):
+            if not program.is_alive:
+                cluster.start_supernode(index)
+        wait_until(self._is_whole, timeout_s=HEAL_TIMEOUT_S, what="a whole cluster", poll_s=0.1)
+
+    def _is_whole(self) -> bool:
+        for replica_id, program in self._cluster.replicas.items():
+            if not program.is_alive:
+                raise HaError(f"replica {replica_id} has ended by itself: {program.log_text()[-500:]}")
+        state = self._cluster.get("/cluster")
+        if state is None or state["leader"] is None:
+            return False
+        is_running = all(replica["state"] == "running" for replica in state["replicas"])
+        return is_running and self._cluster.leader() is not None
+
+
+def _name(step: Step) -> str:
+    match step.fault:
+        case Kill(part):
+            return f"kill {part.value}"
+        case Freeze(part):
+            return f"freeze {part.value}"
+        case Cut(path):
+            return f"cut {path.value}"
+        case Corrupt(is_truncated):
+            return "truncate a blob" if is_truncated else "flip a bit of a blob"
+        case FillDisk():
+            return "fill a disk"
+        case LoseReply():
+            return "lose the answer of a transaction"
+
+
+@contextmanager
+def _cut(links: list[Link]) -> Iterator[None]:
+    for link in links:
+        link.cut()
+    yield
+    for link in links:
+        link.heal()
+
+
+def _signal(pid: int | None, number: signal.Signals) -> None:
+    if pid is not None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def _mtime(path: File) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

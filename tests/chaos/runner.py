@@ -1,0 +1,198 @@
+"""Run fault plans one after the other on one cluster, and judge what is left."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flwr_ha.errors import HaError
+from flwr_ha.local.cluster import Plan
+from flwr_ha.local.processes import wait_until
+from flwr_ha.storage.checkpoint import load, model_digest
+from tests.chaos.committer import Committer, model_after
+from tests.chaos.evidence import Evidence, events_of, reader, trainings_in
+from tests.chaos.faults import small_disk, store_of
+from tests.chaos.injector import HEAL_TIMEOUT_S, Injector, LinkedCluster
+from tests.chaos.invariants import broken
+from tests.chaos.links import Links
+from tests.chaos.plans import FaultPlan
+from tests.chaos.reference import expected_model
+
+logger = logging.getLogger(__name__)
+NUMPY_APP = Path(__file__).parents[1] / "apps" / "numpy_app"
+COMMITTED_RUN = "4000000000000000001"
+MODEL_SIZE = 2_000
+DISK_BYTES = 600 * 1024**2
+ENDLESS = 1_000_000
+KEPT = 3
+STRATEGY = "fedadam"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Say what was done and what broke.
+
+    Attributes
+    ----------
+    plans : int
+        Fault plans carried out.
+    faults : mapping of str to int
+        How often each fault came.
+    takeovers : int
+        Terms after the first.
+    rounds : int
+        Committed rounds of all runs.
+    trained : int
+        Rounds trained by real clients, counted per client.
+    repeated : int
+        How many of these were trained again.
+    violations : tuple of str
+        What does not hold; empty where all is well.
+    """
+
+    plans: int
+    faults: Counter[str]
+    takeovers: int
+    rounds: int
+    trained: int
+    repeated: int
+    violations: tuple[str, ...]
+
+
+class Chaos:
+    """Hold a cluster in which a run commits all the time; use `started`."""
+
+    def __init__(self, cluster: LinkedCluster, committer: Committer, calls: Path, seed: int) -> None:
+        self.cluster = cluster
+        self.injector = Injector(cluster, random.Random(seed))
+        self._committer = committer
+        self._calls = calls
+        self._run_id = ""
+        self._plans = 0
+        self._failures: list[str] = []
+
+    def submit(self) -> None:
+        """Let the SuperNodes train, too."""
+        nodes = self.cluster.plan.supernodes
+        self._run_id = self.cluster.submit(
+            NUMPY_APP, num_server_rounds=ENDLESS, min_nodes=nodes, strategy=STRATEGY, fraction_evaluate=0.0
+        )
+
+    def carry_out(self, plan: FaultPlan) -> bool:
+        """Carry a plan out; False where the cluster did not recover, so that it makes no sense to go on."""
+        self._plans += 1
+        try:
+            for step in plan.steps:
+                self._wait_commits(step.after_commits)
+                time.sleep(step.delay_s)  # the moment is part of the plan
+                self.injector.carry_out(step)
+            self._wait_commits(3)
+        except HaError as error:
+            self._failures.append(f"seed {plan.seed}: {error}")
+            return False
+        return True
+
+    def _wait_commits(self, count: int) -> None:
+        goal = self._committer.round + count
+
+        def is_there() -> bool:
+            if self._committer.errors:
+                raise HaError(f"the ServerApp has ended: {self._committer.errors[0]}")
+            return self._committer.round >= goal
+
+        wait_until(is_there, timeout_s=HEAL_TIMEOUT_S, what=f"round {goal}")
+
+    def report(self) -> Report:
+        """Stop committing, judge the evidence, and return the verdict."""
+        self._committer.stop()
+        evidence = self._evidence()
+        trained = sum(evidence.trainings.values())
+        return Report(
+            plans=self._plans,
+            faults=self.injector.counts,
+            takeovers=max(0, len(evidence.history) - 1),
+            rounds=sum(map(len, evidence.commits.values())),
+            trained=trained,
+            repeated=trained - len(evidence.trainings),
+            violations=(*self._failures, *broken(evidence)),
+        )
+
+    def _evidence(self) -> Evidence:
+        runs = [COMMITTED_RUN, *([self._run_id] if self._run_id else [])]
+        with reader(self.cluster) as facts:
+            history = facts.history()
+            commits = {run_id: facts.commit_log(run_id) for run_id in runs}
+        evidence = Evidence(
+            events=events_of(self.cluster),
+            history=history,
+            commits=commits,
+            trainings=trainings_in(self._calls),
+            allowed_repeats=self.injector.supernode_kills,
+        )
+        evidence = replace(evidence, unreadable=self._unreadable(evidence))
+        last = {run_id: log[-1] for run_id, log in commits.items() if log}
+        expected = {}
+        if COMMITTED_RUN in last:
+            rounds = last[COMMITTED_RUN].position.server_round
+            expected[COMMITTED_RUN] = model_digest({"model": model_after(rounds, size=MODEL_SIZE)})
+        if self._run_id in last:
+            rounds = last[self._run_id].position.server_round
+            nodes = self.cluster.plan.supernodes
+            expected[self._run_id] = expected_model(STRATEGY, rounds=rounds, nodes=nodes)
+            evidence = replace(evidence, min_nodes={self._run_id: nodes})
+        final = {run_id: head.model_digest for run_id, head in last.items()}
+        return replace(evidence, final_models=final, expected_models=expected)
+
+    def _unreadable(self, evidence: Evidence) -> dict[str, str]:
+        """Read the checkpoints that must be kept, each from any replica that has a good copy."""
+        stores = [store_of(self.cluster, replica_id) for replica_id in self.cluster.replicas]
+        found: dict[str, str] = {}
+        for head in [head for log in evidence.commits.values() for head in log[-1:]]:
+            problems = []
+            for store in stores:
+                try:
+                    load(head.position.digest, store)
+                    break
+                except HaError as error:
+                    problems.append(str(error))
+            else:
+                found[head.position.digest] = "; ".join(problems)
+        return found
+
+
+@contextmanager
+def started(folder: Path, *, seed: int, supernodes: int, session_timeout_s: float = 2.0) -> Iterator[Chaos]:
+    """Start a cluster with small disks and links, and let a run commit."""
+    calls = folder / "calls"
+    plan = Plan(
+        supernodes=supernodes,
+        session_timeout_s=session_timeout_s,
+        environment={"FLWR_HA_TEST_CALLS": str(calls)},
+    )
+    with ExitStack() as stack:
+        for replica_id in range(plan.replicas):
+            stack.enter_context(small_disk(folder / "data" / f"replica-{replica_id}", DISK_BYTES))
+        links = stack.enter_context(Links())
+        cluster = stack.enter_context(LinkedCluster(folder, plan, links))
+        cluster.start()
+        committer = Committer(cluster, COMMITTED_RUN, num_rounds=ENDLESS, size=MODEL_SIZE, pause_s=0.2)
+        chaos = Chaos(cluster, stack.enter_context(committer), calls, seed)
+        if supernodes:
+            chaos.submit()
+        chaos.injector.heal()
+        yield chaos
+
+
+def run_plans(folder: Path, plans: Sequence[FaultPlan], *, supernodes: int = 0) -> Report:
+    """Carry plans out on a cluster of their own."""
+    with started(folder, seed=plans[0].seed, supernodes=supernodes) as chaos:
+        for plan in plans:
+            if not chaos.carry_out(plan):
+                break
+        return chaos.report()
