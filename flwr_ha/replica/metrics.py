@@ -191,14 +191,20 @@ class PrometheusMeter:
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Count an entry of the event log; a commit also says how long it took."""
-        if (counter := self._counters.get(event["kind"])) is not None:
-            counter.inc()
         if event["kind"] == "commit":
-            self._commit_s.observe(event["seconds"])
-            with self._lock:
-                spent = self._phases.commit(event["run_id"], event["seconds"], time.monotonic())
-            for phase, seconds in spent.items():
-                self._phase_s.labels(phase).observe(seconds)
+            self._on_commit(event)
+        elif (counter := self._counters.get(event["kind"])) is not None:
+            counter.inc()
+
+    def _on_commit(self, event: Mapping[str, Any]) -> None:
+        self._commit_s.observe(event["seconds"])
+        with self._lock:
+            spent = self._phases.commit(event["run_id"], event["seconds"], time.monotonic())
+        if event["server_round"] == 0:
+            return  # the initial model is committed, but nobody has trained it
+        self._counters["commit"].inc()
+        for phase, seconds in spent.items():
+            self._phase_s.labels(phase).observe(seconds)
 
     def on_status(self, status: RunStatus) -> None:
         """Learn what a run does now."""

@@ -57,15 +57,17 @@ def test_events_are_counted_where_they_are_logged(tmp_path: Path) -> None:
     events.add("reply-replayed", "from the cache", run_id="7")
     events.add("serverapp-died", "killed", run_id="7")
     events.add("not-committed", "too few copies")
-    events.add("commit", "round 1", run_id="7", seconds=0.03)
-    events.add("commit", "round 2", run_id="7", seconds=0.2)
+    events.add("commit", "the initial model", run_id="7", server_round=0, seconds=0.02)
+    events.add("commit", "round 1", run_id="7", server_round=1, seconds=0.03)
+    events.add("commit", "round 2", run_id="7", server_round=2, seconds=0.2)
     events.add("something-else", "counts nowhere")
 
     for name in ("takeovers", "replies_rejected", "replies_replayed", "serverapp_restarts", "commits_refused"):
         assert _value(meter, f"flwr_ha_{name}_total") == 1
     assert _value(meter, "flwr_ha_rounds_committed_total") == 2
-    assert _value(meter, 'flwr_ha_commit_seconds_bucket{le="0.05"}') == 1
-    assert _value(meter, "flwr_ha_commit_seconds_sum") == pytest.approx(0.23)
+    assert _value(meter, 'flwr_ha_round_phase_seconds_count{phase="commit"}') == 2
+    assert _value(meter, 'flwr_ha_commit_seconds_bucket{le="0.05"}') == 2
+    assert _value(meter, "flwr_ha_commit_seconds_sum") == pytest.approx(0.25)
 
 
 def test_pushes_and_coordinator_errors_are_counted() -> None:

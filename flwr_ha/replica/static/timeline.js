@@ -100,7 +100,7 @@ function drawRun(svg, run, { lane, events, start, now, x, middle, bar }) {
     const at = Date.parse(commit.committed_at);
     if (at < start) continue;
     const dot = shape("circle", { class: "commit", cx: x(at), cy: middle(lane), r: run.commits.length > 100 ? 3.5 : 5.5 });
-    dot.append(shape("title", {}, `round ${commit.server_round} committed in term ${commit.term} at ${clock(commit.committed_at)}`));
+    dot.append(shape("title", {}, `${commit.server_round ? `round ${commit.server_round}` : "initial model"} committed in term ${commit.term} at ${clock(commit.committed_at)}`));
     svg.append(dot);
   }
 }
@@ -118,7 +118,7 @@ function drawGrid(svg, { start, now, x, width, height }) {
 function tell({ start, now, takeovers, runs, cluster }) {
   const minutes = Math.max(1, Math.round((now - start) / 60000));
   const led = cluster.leader === null ? "no replica leads now" : `replica ${cluster.leader} leads now`;
-  const rounds = runs.map((run) => `run ${run.run_id} committed ${run.commits.length} rounds`).join(", ");
+  const rounds = runs.map((run) => `run ${run.run_id} committed ${run.commits.filter((commit) => commit.server_round).length} rounds`).join(", ");
   const changes = takeovers.map((change) => `replica ${change.leader} took over in term ${change.term} at ${clock(change.at)}`).join(", ");
   return `The last ${minutes} min: ${changes || "no takeover"}; ${led}; ${rounds || "no run"}`;
 }
