@@ -35,6 +35,7 @@ from flwr_ha.serverapp.replica_session import ReplicaSession
 from flwr_ha.settings import Endpoint, SessionSettings, TlsSettings
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.checkpoint import Checkpoint
+from flwr_ha.storage.objectstore import ObjectStorage
 from flwr_ha.storage.replication import Peer, Replicator
 from flwr_ha.superlink.process import SuperLinkProcess
 
@@ -59,6 +60,8 @@ class Job:
         Of the replicas.
     rounds : int
         Rounds that the run has at the end.
+    storage : str
+        URL of an object store; empty: copies on other replicas.
     has_new_node : bool
         Whether a SuperNode registers itself right after the takeover.
     """
@@ -68,6 +71,7 @@ class Job:
     peers: dict[str, str]
     secret: str
     rounds: int
+    storage: str = ""
     has_new_node: bool = False
 
     def to_text(self) -> str:
@@ -137,12 +141,11 @@ def _tools(job: Job) -> Iterator[Tools]:
     store = EmbeddedStore(Path(job.folder) / "coordinator", session_timeout_s=SESSION_S)
     store.start(lambda: None, timeout_s=10.0)
     coordinator = Coordinator(store, replica_id=job.replica_id, instance=f"{job.replica_id}-{time.monotonic_ns()}")
-    peers = [Peer(int(replica_id), address) for replica_id, address in job.peers.items()]
     try:
-        with Replicator(blobs, peers, secret=job.secret, timeout_s=2.0, grace_s=0.5) as storage:
+        with _storage(job, blobs) as storage:
             yield Tools(
                 replica_id=job.replica_id,
-                needed_copies=1,
+                needed_copies=0 if job.storage else 1,
                 store=blobs,
                 storage=storage,
                 holdings=Holdings(blobs, storage, coordinator, keep_checkpoints=3),
@@ -151,6 +154,13 @@ def _tools(job: Job) -> Iterator[Tools]:
             )
     finally:
         store.close()
+
+
+def _storage(job: Job, blobs: BlobStore) -> Replicator | ObjectStorage:
+    if job.storage:
+        return ObjectStorage(job.storage, blobs)
+    peers = [Peer(int(replica_id), address) for replica_id, address in job.peers.items()]
+    return Replicator(blobs, peers, secret=job.secret, timeout_s=2.0, grace_s=0.5)
 
 
 def run(job: Job) -> None:

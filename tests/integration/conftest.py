@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,16 @@ def training(endless_run: ObservedRun) -> Iterator[ObservedRun]:
     endless_run.wait_round(committed + 1)
     endless_run.check_commits()
     endless_run.check_supernodes()
+
+
+@pytest.fixture(scope="session")
+def flower_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a SuperLink's database with Flower's own code, once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
+    file = tmp_path_factory.mktemp("flower") / "state.db"
+    manager = get_federation_manager(is_simulation=False)
+    state: Any = get_objectstore_linkstate_factories(str(file), manager)[1].state()
+    state._engine.dispose()
+    return file

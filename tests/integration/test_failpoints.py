@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from starlette.applications import Starlette
 
-from flwr_ha.coordination.coordinator import Coordinator
-from flwr_ha.coordination.embedded import EmbeddedStore
 from flwr_ha.errors import ConfigError
 from flwr_ha.failpoints import NAMES, Failpoint
-from flwr_ha.model import ControlHead, Head
-from flwr_ha.replica.api import is_authorized
-from flwr_ha.replica.apiserver import ApiServer
-from flwr_ha.settings import Endpoint, TlsSettings
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.checkpoint import load
 from flwr_ha.superlink import linkstate
-from tests.chaos.miniature import RUN, SESSION_S, Job, model_after
+from tests.chaos.miniature import model_after
+from tests.chaos.stage import Stage, stage_in
 
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning"),  # Flower's own migrations
 ]
 
-SECRET = "a secret of the replicas"
 ROUNDS = 4
 DOCS = Path(__file__).parents[2] / "docs" / "failpoints.md"
 
@@ -55,77 +39,11 @@ LAST_ROUND = {
 IN_AN_AGENT = ("stand-down.begin", "stand-down.after-kill")
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Hold the disks of three replicas; those of 1 and 2 answer over HTTP, as standbys' do."""
-
-    folder: Path
-    peers: dict[str, str]
-
-    def start(
-        self, replica_id: int, *, rounds: int, failpoint: str = "", has_new_node: bool = False
-    ) -> subprocess.CompletedProcess[str]:
-        """Run one replica until the run has all rounds, or until it comes to harm."""
-        peers = {other: api for other, api in self.peers.items() if other != str(replica_id)}
-        job = Job(
-            replica_id=replica_id,
-            folder=str(self.folder),
-            peers=peers,
-            secret=SECRET,
-            rounds=rounds,
-            has_new_node=has_new_node,
-        )
-        environment = {**os.environ, "FLWR_HA_FAILPOINT": failpoint}
-        command = [sys.executable, "-m", "tests.chaos.miniature", job.to_text()]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120.0, check=False, cwd=DOCS.parents[1]
-        )
-
-    def facts(self) -> tuple[Head | None, list[int], ControlHead | None, int]:
-        """Return head, committed rounds, control head and number of terms."""
-        store = EmbeddedStore(self.folder / "coordinator", session_timeout_s=SESSION_S)
-        store.start(lambda: None, timeout_s=10.0)
-        try:
-            facts = Coordinator(store, replica_id=9, instance="a reader")
-            log = [head.position.server_round for head in facts.commit_log(RUN)]
-            return facts.head(RUN), log, facts.control_head(), len(facts.history())
-        finally:
-            store.close()
-
-
-@pytest.fixture(scope="module")
-def flower_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a SuperLink's database with Flower's own code, once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
-    file = tmp_path_factory.mktemp("flower") / "state.db"
-    manager = get_federation_manager(is_simulation=False)
-    state: Any = get_objectstore_linkstate_factories(str(file), manager)[1].state()
-    state._engine.dispose()
-    return file
-
-
 @pytest.fixture
 def stage(tmp_path: Path, flower_database: Path) -> Iterator[Stage]:
-    """Give each replica a disk with an empty database, and let two of them answer."""
-    peers: dict[str, str] = {}
-    with ExitStack() as servers:
-        for replica_id in range(3):
-            folder = tmp_path / f"replica-{replica_id}"
-            folder.mkdir()
-            for file in flower_database.parent.glob("state.db*"):
-                shutil.copy(file, folder / file.name)
-            if replica_id:
-                server = servers.enter_context(ApiServer(Endpoint("127.0.0.1", 0), tls=TlsSettings()))
-                routes = blob_routes(
-                    BlobStore(folder / "store"),
-                    authorize=lambda request: is_authorized(request, SECRET),
-                    max_bytes=10**8,
-                )
-                server.start(Starlette(routes=routes))
-                peers[str(replica_id)] = f"127.0.0.1:{server.port}"
-        yield Stage(tmp_path, peers)
+    """Give each of three replicas a disk."""
+    with stage_in(tmp_path, flower_database) as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("session.", "commit.", "blob."))])

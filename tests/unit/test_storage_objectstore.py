@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import secrets
 import threading
 from datetime import UTC, datetime, timedelta
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from flwr_ha.storage.blobs import BlobStore
@@ -27,8 +29,26 @@ def other(tmp_path):
     return BlobStore(tmp_path / "other")
 
 
-@pytest.fixture(params=["memory", "file"])
-def url(request, tmp_path):
+@pytest.fixture(scope="module")
+def s3():
+    """Run moto's S3 in this process and return its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request, tmp_path, monkeypatch):
+    if request.param == "s3":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3"))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        bucket = secrets.token_hex(8)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
+        return f"s3://{bucket}/prefix"
     if request.param == "file":
         return f"file://{tmp_path / 'shared' / 'prefix'}"
     system = fsspec.filesystem("memory")
