@@ -33,7 +33,12 @@ def main(grid: Grid, context: Context) -> None:
         loss, accuracy = evaluate(net, held_out)
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
-    fedavg = FedAvg(min_train_nodes=min_nodes, min_evaluate_nodes=min_nodes, min_available_nodes=min_nodes)
+    fedavg = FedAvg(
+        fraction_evaluate=float(str(config["fraction-evaluate"])),
+        min_train_nodes=min_nodes,
+        min_evaluate_nodes=min_nodes,
+        min_available_nodes=min_nodes,
+    )
     HighlyAvailable(fedavg, min_nodes=min_nodes).start(
         grid=grid,
         initial_arrays=ArrayRecord(new_net().state_dict()),
