@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from flwr_ha.config import load_secret, load_settings, parse_settings, session_from_environment
+from flwr_ha.config import (
+    load_secret,
+    load_settings,
+    load_zookeeper_password,
+    parse_settings,
+    session_from_environment,
+)
 from flwr_ha.errors import ConfigError
 from flwr_ha.settings import Endpoint
 
@@ -57,6 +63,13 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         ({"storage": "bucket"}, "storage = 'bucket' is neither"),
         ({"replicas": []}, "replicas: 0 are given"),
         ({"tls": {"ca": "", "cert": "x.pem", "key": ""}}, "tls.ca is missing"),
+        ({"enable_supernode_auth": True}, "enable-supernode-auth needs TLS"),
+        ({"zookeeper": {"auth": "kerberos"}}, "zookeeper.auth = 'kerberos' is none of"),
+        ({"zookeeper": {"auth": "digest"}}, "needs zookeeper.user and zookeeper.password-file"),
+        ({"zookeeper": {"user": "me"}}, "zookeeper.auth is missing"),
+        ({"zookeeper": {"ca": "nowhere.crt"}}, "is not a file"),
+        ({"zookeeper": {"cert": "a.crt"}}, "zookeeper.cert and zookeeper.key go together"),
+        ({"zookeeper": {"pasword-file": "x"}}, "zookeeper.pasword-file is not a setting"),
         ({"tls": {"certificate": "x"}}, "tls.certificate is not a setting; the nearest is tls.cert"),
     ],
 )
@@ -157,3 +170,16 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_without_a_replica_there_is_no_session() -> None:
     """A ServerApp on a plain SuperLink sees no session."""
     assert session_from_environment({}) is None
+
+
+def test_password_towards_zookeeper_is_for_its_owner_only(tmp_path: Path) -> None:
+    """A password file that others can read is refused before anything is sent."""
+    file = tmp_path / "password"
+    file.write_text("wonderland\n")
+    file.chmod(0o644)
+    table = changed(zookeeper={"auth": "digest", "user": "alice", "password-file": "password"})
+    settings = parse_settings(table, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"zookeeper\.password-file .* chmod 600"):
+        load_zookeeper_password(settings)
+    file.chmod(0o600)
+    assert load_zookeeper_password(settings) == "wonderland"
