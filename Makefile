@@ -20,7 +20,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(STAMP) zookeeper testtools ## Make .venv with all dependencies, and install ZooKeeper and Chromium where that is possible
+setup: $(STAMP) zookeeper testtools ## Make .venv with all dependencies, and install ZooKeeper, Chromium and HAProxy where that is possible
 
 $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… chooses another)")'

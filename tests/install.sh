@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Have what some tests need beside Python: Chromium and its driver (the dashboard), promtool (the alerts).
+# Have what some tests need beside Python: Chromium and its driver (the dashboard), promtool (the alerts),
+# HAProxy and iproute2 (the network).
 # Debian-like systems, as root; elsewhere it says what to install, and the tests that need it are left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 have_browser() { command -v chromedriver >/dev/null && { command -v chromium || command -v google-chrome; } >/dev/null; }
+have_network() { command -v haproxy >/dev/null && command -v ip >/dev/null && command -v ss >/dev/null; }
 have_promtool() { command -v promtool >/dev/null || [ -x .venv/bin/promtool ]; }
 
-if have_browser && have_promtool; then
+if have_browser && have_promtool && have_network; then
   exit 0
 fi
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -15,6 +17,10 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   if ! have_browser; then
     echo "Chromium is installed from the distribution's packages, for the tests of the dashboard" >&2
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null || true
+  fi
+  if ! have_network; then
+    echo "HAProxy and iproute2 are installed from the distribution's packages, for the tests of the network" >&2
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy iproute2 >/dev/null || true
   fi
   if ! have_promtool; then
     # Only the program: installing the package would start a Prometheus server on this machine.
@@ -29,3 +35,4 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 fi
 have_browser || echo "No Chromium with chromedriver: the tests of the dashboard are left out (Debian: chromium chromium-driver)" >&2
 have_promtool || echo "No promtool: the alerts are only checked for their form (Debian: prometheus)" >&2
+have_network || echo "No HAProxy or iproute2: the tests of the network are left out (Debian: haproxy iproute2)" >&2

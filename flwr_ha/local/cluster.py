@@ -88,7 +88,7 @@ class LocalCluster:
         self.config = self.folder / "flwr-ha.toml"
         self._ports = free_ports(1 + plan.replicas)
         self._bin = Path(sys.executable).parent
-        self._environment = {
+        self.environment = {
             "PATH": f"{self._bin}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "FLWR_HOME": str(self.folder / "flwr-home"),
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -186,7 +186,7 @@ class LocalCluster:
             f"replica {replica_id}",
             [*command, "--id", str(replica_id), *arguments],
             log_file=self.folder / "logs" / f"replica-{replica_id}.log",
-            environment={**self._environment, **environment},
+            environment={**self.environment, **environment},
             folder=app,
         )
         self.replicas[replica_id] = program
@@ -202,7 +202,7 @@ class LocalCluster:
             f"SuperNode {index}",
             [str(self._bin / "flower-supernode"), *trust, "--superlink", self.supernode_address, *options],
             log_file=self.folder / "logs" / f"supernode-{index}.log",
-            environment=self._environment,
+            environment=self.environment,
             folder=self.folder,
         )
         self.supernodes[index] = program
@@ -213,7 +213,7 @@ class LocalCluster:
         with tempfile.TemporaryDirectory() as scratch:  # where it may leave its files
             done = subprocess.run(
                 [str(self._bin / "flwr"), *arguments],
-                env={**os.environ, **self._environment},
+                env={**os.environ, **self.environment},
                 cwd=scratch,
                 capture_output=True,
                 text=True,

@@ -1,0 +1,104 @@
+"""A network with a host for each part: the leader's host falls silent, and SuperNodes find the new leader."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flwr_ha.local.processes import wait_until
+from tests.network import REPLICAS, Network, NetworkCluster, address
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.zookeeper,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed (tests/install.sh)"),
+]
+
+APP = Path(__file__).parents[1] / "apps" / "numpy_app"
+SESSION_TIMEOUT_S = 4.0
+FLOWER_TIMEOUT_S = 30.0  # of one request, and Flower's pauses between its tries grow up to 20 s
+FLOWER_PAUSE_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkCluster]:
+    """Build the network and start ZooKeeper, three replicas and HAProxy on it."""
+    with Network() as network:
+        folder = tmp_path_factory.mktemp("network")
+        with NetworkCluster(folder, network, session_timeout_s=SESSION_TIMEOUT_S) as cluster:
+            cluster.start()
+            cluster.wait_leader(timeout_s=180.0)
+            yield cluster
+
+
+def cut_leader(cluster: NetworkCluster) -> tuple[int, list[int], float]:
+    """Pull the cable of the leader's host; return it, the others, and when it was."""
+    leader = cluster.wait_leader(timeout_s=60.0)
+    others = [replica_id for replica_id in REPLICAS if replica_id != leader]
+    cluster.network.cut(REPLICAS[leader])
+    return leader, others, time.monotonic()
+
+
+def heal(cluster: NetworkCluster, replica_id: int) -> None:
+    """Put the cable back, and wait until that replica is a standby again."""
+    cluster.network.heal(REPLICAS[replica_id])
+    wait_until(
+        lambda: (cluster.get("/replica", [replica_id]) or {}).get("status") == "ok",
+        timeout_s=120.0,
+        what="the old leader is a standby",
+        poll_s=0.2,
+    )
+
+
+def test_haproxy_leads_to_the_new_leader_in_seconds(
+    cluster: NetworkCluster, record_property: pytest.RecordProperty
+) -> None:
+    """With HAProxy a silent leader costs the session timeout and less than five seconds more, and no round."""
+    nodes = [cluster.start_supernode(f"client-{index}", f"{address('haproxy')}:8000", index) for index in (0, 1)]
+    run_id = cluster.submit(APP, num_server_rounds=4, min_nodes=2, step_s=1.0)
+    wait_until(lambda: cluster.committed_round(run_id) >= 1, timeout_s=240.0, what="round 1 is committed", poll_s=0.2)
+    old, others, cut_s = cut_leader(cluster)
+    before = cluster.committed_round(run_id, others)
+    new = cluster.wait_leader(others, timeout_s=60.0)
+    led_s = time.monotonic() - cut_s
+    cluster.wait_reached(new, {"haproxy"}, timeout_s=60.0)
+    reached_s = time.monotonic() - cut_s
+    record_property("leader_s", round(led_s, 1))
+    record_property("haproxy_s", round(reached_s, 1))
+    print(json.dumps({"new leader after s": round(led_s, 1), "SuperNode through HAProxy after s": round(reached_s, 1)}))
+    assert reached_s < SESSION_TIMEOUT_S + 5.0
+
+    wait_until(
+        lambda: cluster.committed_round(run_id, others) >= 4, timeout_s=240.0, what="the run goes on", poll_s=0.2
+    )
+    assert before >= 1
+    assert all(node.is_alive for node in nodes)
+    heal(cluster, old)
+    assert cluster.leader([old]) is None, "the old leader is back and does not lead"
+    for node in nodes:
+        node.kill_tree()
+
+
+def test_a_name_with_three_addresses_leads_to_the_new_leader(
+    cluster: NetworkCluster, record_property: pytest.RecordProperty
+) -> None:
+    """Without a load balancer SuperNodes find the new leader by themselves, after Flower's own time-outs."""
+    nodes = [cluster.start_supernode(f"client-{index}", "flower:8000", index) for index in (0, 1)]
+    leader = cluster.wait_leader(timeout_s=60.0)
+    cluster.wait_reached(leader, {"client-0", "client-1"}, timeout_s=120.0)
+    old, others, cut_s = cut_leader(cluster)
+    new = cluster.wait_leader(others, timeout_s=60.0)
+    cluster.wait_reached(new, {"client-0", "client-1"}, timeout_s=3 * (FLOWER_TIMEOUT_S + FLOWER_PAUSE_S))
+    reached_s = time.monotonic() - cut_s
+    record_property("name_s", round(reached_s, 1))
+    print(json.dumps({"both SuperNodes through the name after s": round(reached_s, 1)}))
+    assert all(node.is_alive for node in nodes)
+    heal(cluster, old)
