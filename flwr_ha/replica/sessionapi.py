@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -21,10 +20,15 @@ from flwr_ha.errors import (
     NoMajorityError,
 )
 from flwr_ha.model import Head, RunStatus
-
-MAX_BODY_BYTES = 4 * 1024**2
-MAX_NOTE_FIELDS = 20
-MAX_NOTE_TEXT = 500  # characters
+from flwr_ha.replica.sessionbodies import (
+    TooLargeError,
+    checked_commit,
+    checked_note,
+    checked_run_id,
+    checked_status,
+    read_object,
+)
+from flwr_ha.storage.digests import is_digest
 
 
 class ServerAppHost(Protocol):
@@ -84,12 +88,11 @@ def _guarded(host: ServerAppHost, act: Act) -> Callable[[Request], Awaitable[Res
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not token or not hmac.compare_digest(given.encode(), token.encode()):
             return JSONResponse({"detail": "this ServerApp belongs to an older life of the replica"}, 401)
-        raw = await request.body()
-        if len(raw) > MAX_BODY_BYTES:
-            return JSONResponse({"detail": "the request is too large"}, 413)
         try:
-            body = json.loads(raw, parse_constant=_no_constant) if raw else {}
+            body = await read_object(request)
             return await run_in_threadpool(act, request, body)
+        except TooLargeError as error:
+            return JSONResponse({"detail": str(error)}, 413)
         except HaError as error:
             return error_response(error)
         except (KeyError, TypeError, ValueError) as error:
@@ -98,37 +101,29 @@ def _guarded(host: ServerAppHost, act: Act) -> Callable[[Request], Awaitable[Res
     return endpoint
 
 
-def _brief(note: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a note goes into the event log, which stays in memory: a few plain values."""
-    plain = {str(key)[:50]: value for key, value in note.items() if isinstance(value, str | int | float)}
-    cut = {key: value[:MAX_NOTE_TEXT] if isinstance(value, str) else value for key, value in plain.items()}
-    return {"kind": note["kind"][:50], "message": note["message"], **dict(list(cut.items())[:MAX_NOTE_FIELDS])}
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def session_routes(host: ServerAppHost) -> list[Route]:
     """Return the routes below ``/session``; each needs the token of the present SuperLink life."""
 
     def open_session(request: Request, _: dict[str, Any]) -> Response:
-        return JSONResponse(host.open_session(request.path_params["run_id"]))
+        return JSONResponse(host.open_session(_run_id(request)))
 
     def commit(request: Request, body: dict[str, Any]) -> Response:
-        return JSONResponse(host.commit(request.path_params["run_id"], body).to_json())
+        return JSONResponse(host.commit(_run_id(request), checked_commit(body)).to_json())
 
-    def status(_: Request, body: dict[str, Any]) -> Response:
-        host.report(RunStatus.from_json(body))
+    def status(request: Request, body: dict[str, Any]) -> Response:
+        host.report(checked_status(_run_id(request), body))
         return Response(status_code=204)
 
     def note(request: Request, body: dict[str, Any]) -> Response:
-        host.note(request.path_params["run_id"], _brief(body))
+        host.note(_run_id(request), checked_note(body))
         return Response(status_code=204)
 
     def repair(request: Request, _: dict[str, Any]) -> Response:
+        digest = request.path_params["digest"]
+        if not is_digest(digest):
+            raise ValueError(f"{digest[:100]!r} is not a digest")
         try:
-            host.repair(request.path_params["digest"])
+            host.repair(digest)
         except CheckpointError as error:
             return JSONResponse({"detail": str(error)}, 404)
         return JSONResponse({})
@@ -141,3 +136,7 @@ def session_routes(host: ServerAppHost) -> list[Route]:
         "/session/blobs/{digest}/repair": (repair, "POST"),
     }
     return [Route(path, _guarded(host, act), methods=[method]) for path, (act, method) in table.items()]
+
+
+def _run_id(request: Request) -> str:
+    return checked_run_id(request.path_params["run_id"])

@@ -14,7 +14,7 @@ from flwr_ha.errors import HaError
 from flwr_ha.local.cluster import LocalCluster, Plan
 from flwr_ha.local.processes import wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("any-app"), pytest.mark.timeout(900)]
 
 APPS = Path(__file__).parents[1] / "apps"
 ROUNDS = 3

@@ -7,6 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 from flwr_ha.errors import (
@@ -18,9 +20,11 @@ from flwr_ha.errors import (
     NoMajorityError,
 )
 from flwr_ha.model import Head, Position, RunState, RunStatus
-from flwr_ha.replica.sessionapi import MAX_BODY_BYTES, session_routes
+from flwr_ha.replica.sessionapi import session_routes
+from flwr_ha.replica.sessionbodies import MAX_BODY_BYTES
 
 TOKEN = "token of this life"
+DIGEST = "sha256:" + "a" * 64
 HEAD = Head(
     run_id="17",
     app="a/b",
@@ -32,6 +36,16 @@ HEAD = Head(
     committed_at="2026-11-24T03:00:00.000Z",
     metrics={"accuracy": 0.9},
 )
+COMMIT = {
+    "server_round": 3,
+    "num_rounds": 8,
+    "digest": DIGEST,
+    "parts": [DIGEST],
+    "model_digest": DIGEST,
+    "bytes": 10,
+    "app": "a/b",
+    "metrics": {"accuracy": 0.9, "losses": [1, 0.5]},
+}
 STATUS = RunStatus(run_id="17", app="a/b", state=RunState.WAITING, reason="4 of 5 nodes online", min_nodes=5)
 
 
@@ -91,15 +105,15 @@ def test_serverapp_opens_reports_notes_and_commits(host: FakeHost) -> None:
     assert host.call("GET", "/session/runs/17").json() == {"term": 2}
     assert host.call("POST", "/session/runs/17/status", json=STATUS.to_json()).status_code == 204
     assert host.call("POST", "/session/runs/17/events", json={"kind": "k", "message": "m"}).status_code == 204
-    answer = host.call("POST", "/session/runs/17/commit", json={"server_round": 3})
+    answer = host.call("POST", "/session/runs/17/commit", json=COMMIT)
     assert Head.from_json(answer.json()) == HEAD
-    assert host.call("POST", "/session/blobs/sha256:abc/repair").json() == {}
+    assert host.call("POST", f"/session/blobs/{DIGEST}/repair").json() == {}
     assert host.calls == [
         ("open", "17"),
         ("report", STATUS),
         ("note", "17", {"kind": "k", "message": "m"}),
         ("commit", "17", 3),
-        ("repair", "sha256:abc"),
+        ("repair", DIGEST),
     ]
 
 
@@ -111,12 +125,12 @@ def test_serverapp_opens_reports_notes_and_commits(host: FakeHost) -> None:
         ("POST", "/session/runs/17/commit"),
         ("POST", "/session/runs/17/status"),
         ("POST", "/session/runs/17/events"),
-        ("POST", "/session/blobs/sha256:abc/repair"),
+        ("POST", f"/session/blobs/{DIGEST}/repair"),
     ],
 )
 def test_orphan_of_an_older_term_is_turned_away(host: FakeHost, method: str, path: str, token: str) -> None:
     """It ends then: 401 is fenced for it."""
-    assert host.call(method, path, token=token, json={"server_round": 3}).status_code == 401
+    assert host.call(method, path, token=token, json=COMMIT).status_code == 401
     assert host.calls == []
 
 
@@ -140,7 +154,7 @@ def test_nobody_gets_in_while_there_is_no_superlink(host: FakeHost) -> None:
 def test_error_tells_the_serverapp_what_to_do(host: FakeHost, error: HaError, status: int, kind: str | None) -> None:
     """409: end. 503: try again. 422: it is your mistake."""
     host.error = error
-    answer = host.call("POST", "/session/runs/17/commit", json={"server_round": 3})
+    answer = host.call("POST", "/session/runs/17/commit", json=COMMIT)
     assert answer.status_code == status
     assert answer.json() == {"detail": str(error)} | ({"kind": kind} if kind else {})
 
@@ -148,7 +162,7 @@ def test_error_tells_the_serverapp_what_to_do(host: FakeHost, error: HaError, st
 def test_blob_without_a_good_copy_is_not_found(host: FakeHost) -> None:
     """The ServerApp names an older checkpoint then."""
     host.error = CheckpointError("no peer has it")
-    answer = host.call("POST", "/session/blobs/sha256:abc/repair")
+    answer = host.call("POST", f"/session/blobs/{DIGEST}/repair")
     assert (answer.status_code, answer.json()) == (404, {"detail": "no peer has it"})
 
 
@@ -173,3 +187,83 @@ def test_request_that_is_too_large_is_refused(host: FakeHost) -> None:
     """Metrics have a limit; arrays do not come this way."""
     answer = host.call("POST", "/session/runs/17/commit", content=b" " * (MAX_BODY_BYTES + 1))
     assert answer.status_code == 413
+
+
+WRONG_COMMITS = (
+    {"server_round": -1},
+    {"server_round": True},
+    {"server_round": 2**70},
+    {"num_rounds": "8"},
+    {"bytes": 1.5},
+    {"digest": "sha256:../../../etc/passwd"},
+    {"model_digest": None},
+    {"parts": ["../other"]},
+    {"parts": "sha256"},
+    {"app": 7},
+    {"metrics": {"accuracy": "high"}},
+    {"metrics": []},
+)
+
+
+@pytest.mark.parametrize("change", WRONG_COMMITS, ids=str)
+def test_commit_with_a_wrong_value_is_refused(host: FakeHost, change: dict[str, Any]) -> None:
+    """No value of another kind gets into the coordinator or onto the disk."""
+    answer = host.call("POST", "/session/runs/17/commit", json=COMMIT | change)
+    assert answer.status_code == 400
+    assert next(iter(change)) in answer.json()["detail"]
+    assert host.calls == []
+
+
+@pytest.mark.parametrize("run_id", ["..%2F..%2Fleader", "%2e%2e", "17%00", "-1", "1" * 21, "١٧", "17%2F0000000001"])
+@pytest.mark.parametrize("rest", ["", "/commit", "/status", "/events"])
+def test_paths_in_run_ids_lead_nowhere(host: FakeHost, run_id: str, rest: str) -> None:
+    """A run id is a number; nothing else becomes part of a key in the coordinator."""
+    answer = host.call("POST" if rest else "GET", f"/session/runs/{run_id}{rest}", json=COMMIT if rest else None)
+    assert answer.status_code in (400, 404, 405)
+    assert host.calls == []
+
+
+@pytest.mark.parametrize(
+    "digest", ["sha256:abc", "..%2f..%2fsecret", "sha256:" + "A" * 64, "sha256:" + "a" * 64 + "%0a"]
+)
+def test_paths_in_digests_lead_nowhere(host: FakeHost, digest: str) -> None:
+    """Only a digest is fetched."""
+    assert host.call("POST", f"/session/blobs/{digest}/repair").status_code in (400, 404)
+    assert host.calls == []
+
+
+def test_status_is_of_the_own_run_only(host: FakeHost) -> None:
+    """The run of the path is the run of the body."""
+    answer = host.call("POST", "/session/runs/18/status", json=STATUS.to_json())
+    assert answer.status_code == 400
+    assert host.calls == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+fields = st.sampled_from([*COMMIT, *STATUS.to_json(), "kind", "message", "number", "at", "replica"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(["/commit", "/status", "/events"]),
+    base=st.sampled_from([COMMIT, STATUS.to_json(), {"kind": "k", "message": "m"}, {}]),
+    changes=st.dictionaries(fields, json_values, max_size=4),
+)
+def test_any_json_is_taken_or_refused(host: FakeHost, path: str, base: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Whatever user code sends: no crash, no inside in the answer."""
+    answer = host.call("POST", f"/session/runs/17{path}", json=base | changes)
+    assert answer.status_code in (200, 204, 400)
+    assert "Traceback" not in answer.text
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200) | st.integers(1, 200_000).map(lambda depth: b"[" * depth))
+def test_any_bytes_are_refused_with_a_sentence(host: FakeHost, body: bytes) -> None:
+    """Not JSON, or nested without end: 400."""
+    answer = host.call("POST", "/session/runs/17/commit", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("the request is malformed: ")
