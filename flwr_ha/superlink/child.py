@@ -28,6 +28,7 @@ from typing import Any
 from flwr_ha.superlink.gate import DatabaseVersion, Gate, Replication
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.public import PublicListener
+from flwr_ha.superlink.tasks import stop_run
 from flwr_ha.superlink.tether import die_with_parent
 from flwr_ha.superlink.watch import unsigned
 
@@ -92,7 +93,13 @@ class Child:
             DatabaseVersion(self._database),
             self._settings["replicate_timeout_s"],
         )
-        gate = Gate(app, lease=self._lease, private_port=self._private_port, replication=self._replication)
+        gate = Gate(
+            app,
+            lease=self._lease,
+            private_port=self._private_port,
+            replication=self._replication,
+            withdraw=lambda answer: self._withdraw(flower.started_run(answer)),
+        )
         self._server = flower.Server(gate, on_started=self._started)
         await self._server.serve(sockets=[self._private])
 
@@ -138,6 +145,16 @@ class Child:
             self._channel.send("open-failed", errno=error.errno or 0, why=error.strerror or str(error))
         else:
             self._channel.send("opened")
+
+    def _withdraw(self, run_id: str) -> None:
+        """End a run whose submission is not acknowledged; in a thread of its own."""
+        reason = "its submission could not be made safe on a majority of replicas: submit it again"
+        try:
+            stop_run(self._database, run_id, reason=reason)
+        except sqlite3.Error as error:  # its answer is a refusal all the same
+            logger.error("run %s was not acknowledged and cannot be withdrawn: %s", run_id, error)
+        else:
+            logger.warning("run %s was withdrawn: %s", run_id, reason)
 
     def _public_connections(self) -> Iterator[asyncio.Transport]:
         for transport in self._server.transports():

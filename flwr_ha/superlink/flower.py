@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
+from flwr.proto.control_pb2 import StartRunResponse
 from flwr.superlink import main as superlink
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
@@ -67,6 +68,11 @@ def create_app(*, database: Path, port: int, has_supernode_auth: bool, on_report
 
     make_repeatable()
     return cast(App, superlink.create_app(_config(database, port, has_supernode_auth), Lifespan))
+
+
+def started_run(answer: bytes) -> str:
+    """Return the run id in Flower's answer to a new run, unsigned decimal."""
+    return str(StartRunResponse.FromString(answer).run_id)
 
 
 def _lifespan_class() -> type[Any]:

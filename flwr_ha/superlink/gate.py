@@ -25,6 +25,8 @@ ACQUIRE_TASK = "/v1/runtime/acquire-task"
 # lies there until the next message comes, that of the last one for ever. Any other refusal makes it clean up.
 RECEIVING = frozenset(("/v1/fleet/pull-object", "/v1/fleet/confirm-message-received"))
 
+START_RUN = "/v1/control/start-run"
+
 HELD = frozenset(
     [
         f"/v1/control/{name}"
@@ -142,9 +144,21 @@ class Gate:
         Port of the loopback socket; every other local port is public.
     replication : Replication
         Makes changes safe.
+    withdraw : callable
+        Gets Flower's answer to a new run that could not be made safe, and takes the run back: its user
+        is told to submit it again, and would have it twice. May block.
     """
 
-    def __init__(self, app: App, *, lease: Lease, private_port: int, replication: Replication) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        lease: Lease,
+        private_port: int,
+        replication: Replication,
+        withdraw: Callable[[bytes], None] = lambda _: None,
+    ) -> None:
+        self._withdraw = withdraw
         self._app = app
         self._lease = lease
         self._private_port = private_port
@@ -177,6 +191,8 @@ class Gate:
         await self._app(scope, receive, hold)
         status = next((message["status"] for message in held if message["type"] == "http.response.start"), 500)
         if 200 <= status < 300 and not await self._replication.wait_replicated():
+            if scope["path"] == START_RUN:
+                await asyncio.to_thread(self._withdraw, b"".join(message.get("body", b"") for message in held))
             await _refuse(send, "the change could not be replicated, its outcome is open: look, then try again")
         elif is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead any more")

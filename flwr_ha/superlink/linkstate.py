@@ -14,7 +14,7 @@ from pathlib import Path
 from flwr_ha.errors import ConfigError
 from flwr_ha.superlink import rows, schema
 from flwr_ha.superlink.database import opened
-from flwr_ha.superlink.tasks import add_log_lines, fail_task, requeue_task
+from flwr_ha.superlink.tasks import add_log_lines, fail_task, requeue_task, stop_run
 from flwr_ha.superlink.watch import RunRow, Summary, TaskState, Watch, signed, summary, unsigned
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "requeue_task",
     "restore",
     "signed",
+    "stop_run",
     "summary",
     "unsigned",
 ]

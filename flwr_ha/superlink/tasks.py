@@ -77,19 +77,42 @@ def fail_task(database: Path, task_id: str, *, reason: str) -> bool:
     bool
         False when the task is unknown or finished: nothing was changed.
     """
-    finish = "finished_at = ?, sub_status = 'failed', details = ?, token = NULL, active_until = NULL"
-    finished_at = str(datetime.now(UTC))  # the text that Flower's own column type writes
     with opened(database, "BEGIN IMMEDIATE", is_read_only=False) as connection:
-        cursor = connection.execute(
-            f"UPDATE task SET {finish} WHERE task_id = ? AND finished_at IS NULL",  # noqa: S608 - constants
-            (finished_at, reason, signed(task_id)),
-        )
-        is_failed = cursor.rowcount == 1
+        is_failed = _finish(connection, "failed", reason, "task_id = ?", signed(task_id)) == 1
         if is_failed:
             add_log_lines(connection, [(signed(task_id), reason)], now_s=time.time())
-            connection.execute(  # what else the run had to do, as Flower does it
-                f"UPDATE task SET {finish} WHERE finished_at IS NULL"  # noqa: S608 - constants
-                " AND run_id = (SELECT run_id FROM task WHERE task_id = ?)",
-                (finished_at, "Task failed because the run finished", signed(task_id)),
-            )
+            rest = "run_id = (SELECT run_id FROM task WHERE task_id = ?)"  # what else it had to do, as Flower does it
+            _finish(connection, "failed", "Task failed because the run finished", rest, signed(task_id))
     return is_failed
+
+
+def stop_run(database: Path, run_id: str, *, reason: str) -> bool:
+    """End a run as stopped, as ``flwr stop`` does.
+
+    Parameters
+    ----------
+    database : Path
+        Database file of the running SuperLink.
+    run_id : str
+        Flower's run id, unsigned decimal.
+    reason : str
+        Shown by ``flwr ls``.
+
+    Returns
+    -------
+    bool
+        False when the run is unknown or finished: nothing was changed.
+    """
+    with opened(database, "BEGIN IMMEDIATE", is_read_only=False) as connection:
+        return _finish(connection, "stopped", reason, "run_id = ?", signed(run_id)) > 0
+
+
+def _finish(connection: sqlite3.Connection, sub_status: str, details: str, which: str, value: int) -> int:
+    """Return how many unfinished tasks were finished."""
+    finished_at = str(datetime.now(UTC))  # the text that Flower's own column type writes
+    cursor = connection.execute(
+        "UPDATE task SET finished_at = ?, sub_status = ?, details = ?, token = NULL, active_until = NULL"  # noqa: S608
+        f" WHERE finished_at IS NULL AND {which}",
+        (finished_at, sub_status, details, value),
+    )
+    return cursor.rowcount

@@ -352,3 +352,16 @@ def test_failed_task_is_failed_for_flower(sites: tuple[Site, Site]) -> None:
     assert (status.status, status.sub_status, status.details) == ("finished", "failed", "killed too often")
     assert site.state.get_run_info(run_ids=[run_id])[0].finished_at
     assert "killed too often" in site.state.get_task_log(task_id, None)[0]
+
+
+def test_withdrawn_run_is_stopped_for_flower(sites: tuple[Site, Site]) -> None:
+    """A run whose submission was not acknowledged ends in Flower's eyes; another one goes on."""
+    site = sites[0]
+    run_id, other = site.add_run(b"one"), site.add_run(b"other")
+
+    assert linkstate.stop_run(site.database, str(run_id), reason="not safe")
+    assert not linkstate.stop_run(site.database, str(run_id), reason="again")
+
+    status = site.state.get_run_info(run_ids=[run_id])[0].status
+    assert (status.status, status.sub_status, status.details) == ("finished", "stopped", "not safe")
+    assert site.state.get_run_info(run_ids=[other])[0].status.status == "pending"

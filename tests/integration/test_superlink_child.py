@@ -247,6 +247,21 @@ def test_registration_is_acknowledged_only_when_replicated(
     assert node.poll() is None
 
 
+def test_run_that_is_not_acknowledged_is_withdrawn(replicas: Callable[..., Replica], public: str) -> None:
+    """The agent says no: `flwr run` fails, and the run does not run behind its user's back."""
+    replica = replicas()
+    replica.process.wait_ready(60.0)
+    replica.answers = [False]
+    replica.lead(public)
+
+    with pytest.raises(AssertionError, match="SuperLink"):
+        flwr("run", str(SLEEPER), "ha")
+
+    (run,) = replica.summary().runs
+    assert run.state is linkstate.TaskState.STOPPED
+    assert "submit it again" in run.details
+
+
 def test_run_goes_on_at_the_next_leader(
     replicas: Callable[..., Replica], public: str, supernode: Callable[[str], subprocess.Popen[bytes]]
 ) -> None:

@@ -140,6 +140,23 @@ def test_change_that_is_not_replicated_is_not_acknowledged(lease: Lease) -> None
     _run(test)
 
 
+@pytest.mark.parametrize(("path", "withdrawn"), [(gate.START_RUN, [b"the answer"]), ("/v1/control/stop-run", [])])
+def test_new_run_that_is_not_acknowledged_is_withdrawn(lease: Lease, path: str, withdrawn: list[bytes]) -> None:
+    """Its user submits it again and must not have it twice; other changes may be repeated as they are."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        taken_back: list[bytes] = []
+        agent = Agent(timeout_s=0.02)
+        served = gate.Gate(
+            Flower(agent), lease=lease, private_port=PRIVATE, replication=agent.replication, withdraw=taken_back.append
+        )
+        assert (await _request(served, path))[0] == 503
+        assert taken_back == withdrawn
+
+    _run(test)
+
+
 def test_silent_agent_counts_as_no(lease: Lease) -> None:
     """A frozen agent does not keep clients for ever."""
 
