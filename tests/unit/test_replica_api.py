@@ -160,7 +160,7 @@ def test_what_is_not_possible_is_a_conflict(replica: FakeReplica) -> None:
 @pytest.mark.parametrize("candidate", [True, "1", 1.0, [1]])
 def test_candidate_must_be_an_id(replica: FakeReplica, candidate: object) -> None:
     """True is no replica."""
-    assert replica.call("POST", "/switchover", headers=BEARER, json={"candidate": candidate}).status_code == 409
+    assert replica.call("POST", "/switchover", headers=BEARER, json={"candidate": candidate}).status_code == 400
     assert replica.asked == []
 
 
