@@ -147,7 +147,7 @@ def test_nobody_gets_in_while_there_is_no_superlink(host: FakeHost) -> None:
         (NoMajorityError("0 of 1 needed copies"), 503, "majority"),
         (CoordinationError("no answer"), 503, "coordination"),
         (CheckpointError("it was not written"), 422, None),
-        (CheckpointCorruptError("digest mismatch"), 422, None),
+        (CheckpointCorruptError("digest mismatch"), 422, "corrupt"),
         (HaError("something else"), 500, None),
     ],
 )
