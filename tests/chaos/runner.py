@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +76,11 @@ class Chaos:
         self._run_id = ""
         self._plans = 0
         self._failures: list[str] = []
+
+    @property
+    def committed_round(self) -> int:
+        """The newest round of the run that commits all the time, as its ServerApp knows it."""
+        return self._committer.round
 
     def submit(self) -> None:
         """Let the SuperNodes train, too."""
@@ -187,12 +192,3 @@ def started(folder: Path, *, seed: int, supernodes: int, session_timeout_s: floa
             chaos.submit()
         chaos.injector.heal()
         yield chaos
-
-
-def run_plans(folder: Path, plans: Sequence[FaultPlan], *, supernodes: int = 0) -> Report:
-    """Carry plans out on a cluster of their own."""
-    with started(folder, seed=plans[0].seed, supernodes=supernodes) as chaos:
-        for plan in plans:
-            if not chaos.carry_out(plan):
-                break
-        return chaos.report()
