@@ -126,7 +126,7 @@ def test_upload_that_was_removed_and_begun_anew_is_hashed_anew(store):
     """What one sender remembers of a file that is gone does not spoil the next one."""
     other = BlobStore(store.root)
     upload = store.receive(DIGEST, len(DATA))
-    upload.append(0, b"wrong")
+    upload.append(0, bytes(len(DATA)))
     other.collect((), min_age_s=-1)
     other.receive(DIGEST, len(DATA)).append(0, DATA)
     upload.finish()
