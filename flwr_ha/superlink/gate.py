@@ -6,17 +6,11 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flwr_ha.superlink.lease import Lease
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from flwr_ha.superlink.parking import PULL, App, Message, Parking, Receive, Scope, Send
 
 ACQUIRE_TASK = "/v1/runtime/acquire-task"
 
@@ -131,8 +125,9 @@ class Gate:
     """Wrap Flower's app in the rules of a replica.
 
     A request that came in on a public socket is served only while the lease runs; a changing request is answered
-    only once its change is replicated; SuperExec gets no work while the replica does not lead. Besides, a SuperNode
-    that takes a message of the last leader in is told that it is gone, see `RECEIVING`.
+    only once its change is replicated; SuperExec gets no work while the replica does not lead. A SuperNode that asks
+    for work waits for it, see `Parking`. Besides, a SuperNode that takes a message of the last leader in is told that
+    it is gone, see `RECEIVING`.
 
     Parameters
     ----------
@@ -163,6 +158,7 @@ class Gate:
         self._lease = lease
         self._private_port = private_port
         self._replication = replication
+        self._parking = Parking(app, is_open=lambda: lease.is_valid)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -170,10 +166,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         is_public = scope["server"][1] != self._private_port
+        receive = self._parking.watch(scope["path"], receive)
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
         elif scope["path"] == ACQUIRE_TASK and not self._lease.is_valid:
             await self._hold_superexec(scope, receive, send)
+        elif scope["path"] == PULL:
+            await self._parking.pull(scope, receive, send)
         elif scope["path"] in HELD:
             await self._hold(scope, receive, send, is_public=is_public)
         elif scope["path"] in RECEIVING:

@@ -1,0 +1,1 @@
+"""Measure flwr_ha side by side with what it is compared to."""
