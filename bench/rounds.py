@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,13 +38,11 @@ def measure(folder: Path, scale: Scale) -> list[Figure]:
     ]  # fmt: skip
 
 
-def train(
-    cluster: LocalCluster, notes: Path, rounds: int, nodes: int, **run_config: object
-) -> list[float]:
+def train(cluster: LocalCluster, notes: Path, rounds: int, nodes: int, **run_config: object) -> list[float]:
     """Return the seconds of each round but the first."""
     cluster.submit(APP, num_server_rounds=rounds, min_nodes=nodes, notes=str(notes), **run_config)
     times = wait_until(lambda: _times(notes, rounds), timeout_s=120.0 * rounds, what="the rounds")
-    return [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def _times(notes: Path, rounds: int) -> list[float] | None:

@@ -43,6 +43,7 @@ class ClusterReader:
         self._cache_lock = threading.Lock()
         self._log_cache: dict[str, Head] = {}
         self._history_cache: dict[str, LeadershipChange] = {}
+        self._last_heads: dict[str, Head] = {}  # of runs that have all their rounds: replaced as a whole
 
     def view(self) -> View:
         """Return all that a replica decides on."""
@@ -78,9 +79,15 @@ class ClusterReader:
         return None if found is None else Head.from_json(load(found.data))
 
     def heads(self) -> dict[str, Head]:
-        """Return the newest commit of each run, by run id."""
-        heads = {run_id: self.head(run_id) for run_id in self._store.children(RUNS)}
-        return {run_id: head for run_id, head in heads.items() if head is not None}
+        """Return the newest commit of each run, by run id; the last one of a run is read once.
+
+        A replica asks for it at every heartbeat: what it costs must not grow with the runs of the past.
+        """
+        run_ids = self._store.children(RUNS)
+        heads = {run_id: self._last_heads.get(run_id) or self.head(run_id) for run_id in run_ids}
+        found = {run_id: head for run_id, head in heads.items() if head is not None}
+        self._last_heads = {run_id: h for run_id, h in found.items() if h.position.server_round >= h.num_rounds}
+        return found
 
     def commit_log(self, run_id: str) -> tuple[Head, ...]:
         """Return the commits of the run, one per round from 1 on; what was read once is not read again."""

@@ -115,6 +115,7 @@ class Duties:
             )
             self._control_digest = control.digest
             reach("takeover.after-restore")
+        tools.events.add("carried-over", "nodes, runs and apps are in the own SuperLink", term=self.leadership.term)
         self._open_public(address, stale)
         reach("takeover.after-open")
 

@@ -191,6 +191,7 @@ class Replica:
         office = self._office()
         head = self._tools.coordinator.head(run_id)
         server_round = head.position.server_round if head is not None else 0
+        self._tools.events.add("session", f"the ServerApp goes on after round {server_round}", run_id=run_id)
         previous = self._tools.coordinator.committed_round(run_id, server_round - 1) if server_round > 1 else None
         return {
             "term": office.leadership.term,

@@ -199,6 +199,7 @@ def main() -> None:
     handler = logging.StreamHandler()  # to the log file, beside what Flower writes there
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("flwr_ha").addHandler(handler)
+    logging.getLogger("flwr_ha").setLevel(logging.INFO)
     asyncio.run(_serve(settings))
 
 

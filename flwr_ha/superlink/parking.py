@@ -8,6 +8,7 @@ Flower again as soon as a ServerApp has pushed messages. The SuperNode notices a
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -17,6 +18,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
 
 PULL = "/v1/fleet/pull-messages"
 TAKES_IN = frozenset(f"/v1/fleet/{name}" for name in ("get-run", "get-fab", "pull-object", "confirm-message-received"))
@@ -53,10 +56,14 @@ class Parking:
         self._hold_s = hold_s
         self._news: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._has_met = False
         self._unconfirmed: dict[bytes, tuple[float, list[Message]]] = {}
 
     async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a SuperNode that asks for work."""
+        if not self._has_met:
+            self._has_met = True
+            logger.info("the first SuperNode asks for work")
         body = await _body(receive)
         answer = self._kept(node := node_of(body))
         if answer is None:

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from flwr_ha.coordination.coordinator import Coordinator
-from flwr_ha.coordination.memory import MemoryTree
+from flwr_ha.coordination.memory import MemoryStore, MemoryTree
+from flwr_ha.coordination.protocol import Versioned
 from flwr_ha.coordination.reader import ClusterReader
 from flwr_ha.errors import CoordinationError
 from flwr_ha.model import Head, Position
@@ -121,3 +122,42 @@ def test_a_log_entry_is_read_once(coordinator, tree):
 
     assert reader.commit_log("17") == log
     assert len(log) == 1
+
+
+def test_ended_runs_of_the_past_cost_a_heartbeat_nothing() -> None:
+    """A replica reads all heads several times a second; the last head of a run is read once."""
+
+    class Counting(MemoryStore):
+        reads = 0
+
+        def get(self, key: str) -> Versioned | None:
+            self.reads += 1
+            return super().get(key)
+
+    tree = MemoryTree()
+    store = Counting(tree)
+    store.start(lambda: None, timeout_s=1.0)
+    coordinator = Coordinator(store, replica_id=0, instance="a")
+    coordinator.join({"id": 0}, wait_timeout_s=1.0)
+    leadership = coordinator.campaign("first")
+    assert leadership is not None
+
+    def commit(run_id: str, server_round: int, num_rounds: int) -> None:
+        position = Position(leadership.term, server_round, f"sha256:{server_round:064x}")
+        head = Head(run_id=run_id, app="a/b", num_rounds=num_rounds, position=position, model_digest="", size_bytes=1)
+        coordinator.commit(leadership, head)
+
+    def reads() -> int:
+        before = store.reads
+        coordinator.view()
+        return store.reads - before
+
+    commit("open", 1, 5)
+    alone = reads()
+    for run in range(20):
+        commit(str(run), 1, 1)
+    assert reads() > alone
+    assert reads() == alone
+    commit("open", 2, 5)
+    assert coordinator.heads()["open"].position.server_round == 2
+    assert len(coordinator.heads()) == 21

@@ -1,6 +1,8 @@
 """ClientApp of the benchmarks: a step of any length that changes every value."""
 
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -16,6 +18,10 @@ def train(message: Message, context: Context) -> Message:
     """Take the step."""
     threading.Event().wait(float(context.run_config["step-s"]))
     partition = int(context.node_config["partition-id"])
+    if folder := os.environ.get("FLWR_HA_TEST_CALLS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with (Path(folder) / f"partition-{partition}").open("a", encoding="utf-8") as file:
+            file.write(f"train {message.content['config']['server-round']}\n")
     arrays = ArrayRecord()
     for name, array in message.content["arrays"].items():
         arrays[name] = Array(np.float32(0.9) * array.numpy() + np.float32(0.01 * (partition + 1)))

@@ -1,0 +1,120 @@
+"""Commit of a model to three replicas on one machine, and what is sent of a model that has hardly changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bench.result import Figure, Scale, interleaved, median_ratio
+from flwr_ha.local.processes import Program, wait_until
+from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.checkpoint import Checkpoint, save
+from flwr_ha.storage.peer import Peer
+from flwr_ha.storage.replication import Replicator
+
+SECRET = "bench"  # of three processes that live for a minute on loopback
+LAYERS = 8
+
+
+def measure(folder: Path, scale: Scale) -> list[Figure]:
+    """Commit models of 100 MB and of 1 GB turn about with plain copies."""
+    figures = []
+    for megabytes, times in ((scale.pick(20, 100), scale.pick(2, 5)), (scale.pick(100, 1000), scale.pick(1, 3))):
+        figures += _commit(folder / str(megabytes), megabytes, times)
+    return figures
+
+
+def _commit(folder: Path, megabytes: int, times: int) -> list[Figure]:
+    rng = np.random.default_rng(0)
+    size = megabytes * 1_000_000 // (4 * LAYERS)
+    model = {f"layer{k}": rng.standard_normal(size, dtype=np.float32) for k in range(LAYERS)}
+    with ExitStack() as stack:
+        store = BlobStore(folder / "own")
+        servers = [stack.enter_context(_server(folder, number)) for number in (1, 2)]
+        replicator = stack.enter_context(Replicator(store, [peer for peer, _ in servers], secret=SECRET))
+
+        def commit() -> float:
+            for array in model.values():
+                np.add(array, 1.0, out=array)
+            start_s = time.perf_counter()
+            saved = save(Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model), store)
+            replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
+            seconds = time.perf_counter() - start_s
+            _empty(folder)
+            return seconds
+
+        ours, plain = interleaved(times, commit, lambda: _copies(folder / "plain", model))
+        saved = save(Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model), store)
+        replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
+        before = _stored_bytes(folder)
+        model["layer0"] += 1.0
+        saved = save(Checkpoint(run_id="1", server_round=2, num_rounds=2, arrays=model), store)
+        replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
+        share = (_stored_bytes(folder) - before) / before
+        agent_bytes = max(_peak_bytes(program) for _, program in servers)
+    name = f"commit of {megabytes} MB to three replicas"
+    return [
+        Figure(
+            name=name, value=statistics.median(ours), unit="s", against=statistics.median(plain),
+            ratio=median_ratio(ours, plain), goal=1.0,
+        ),
+        Figure(name=f"{name}: memory of the replica that takes it", value=agent_bytes / 1e6, unit="MB", goal=64 + 32),
+        Figure(name=f"{name}: stored when 1 of 8 arrays has changed", value=share, unit="models", goal=0.126),
+    ]  # fmt: skip
+
+
+@contextmanager
+def _server(folder: Path, number: int) -> Iterator[tuple[Peer, Program]]:
+    port_file = folder / f"port-{number}"
+    command = [sys.executable, "-m", "bench.blobprocess", str(folder / f"peer-{number}"), str(port_file), SECRET]
+    program = Program(f"replica {number}", command, log_file=folder / "logs" / f"{number}.log", environment={})
+    try:
+        port = wait_until(lambda: port_file.exists() and port_file.read_text(), timeout_s=60.0, what="a blob server")
+        yield Peer(number, f"127.0.0.1:{port}"), program
+    finally:
+        program.kill_tree()
+
+
+def _copies(folder: Path, model: dict[str, np.ndarray]) -> float:
+    """Hash the bytes once, and write three copies, each to the disk before the next."""
+    start_s = time.perf_counter()
+    sha = hashlib.sha256()
+    for array in model.values():
+        sha.update(array.data)
+    for copy in range(3):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{sha.hexdigest()}-{copy}").open("wb", buffering=0) as file:
+            for array in model.values():
+                rest = memoryview(array).cast("B")
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start_s
+    shutil.rmtree(folder)
+    return seconds
+
+
+def _empty(folder: Path) -> None:
+    for blobs in folder.glob("*/blobs"):
+        for file in blobs.iterdir():
+            file.unlink()
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*/blobs/*"))
+
+
+def _peak_bytes(program: Program) -> int:
+    for line in Path(f"/proc/{program.pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel does not tell the memory of a process")
