@@ -89,7 +89,7 @@ def _kill(cluster: LocalCluster, run_id: str, *, after_s: float) -> dict[str, fl
     cluster.replicas[leader].kill_tree()
     new = cluster.wait_leader(timeout_s=60.0, other_than=leader)
     _wait_round(cluster, run_id, before + 1)
-    events = [event for event in cluster.get("/events?after=0", replica_id=new)["events"] if _at(event) > killed_s]
+    events = [event for event in cluster.get("/events?after=0", replica_id=new) if _at(event) > killed_s]
     split = phases(events, killed_s, _first_request_s(cluster, new, killed_s))
     cluster.start_replica(leader)
     return split
