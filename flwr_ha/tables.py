@@ -20,7 +20,8 @@ _STYLES = {
 }
 
 
-def _styled(text: str) -> Text:
+def styled(text: str) -> Text:
+    """Return a state or role in its colour."""
     return Text(text, style=_STYLES.get(text, ""))
 
 
@@ -34,8 +35,8 @@ def replica_table(cluster: dict[str, Any]) -> Table:
         lag = replica["lag_rounds"]
         table.add_row(
             str(replica["id"]),
-            _styled(replica["role"]),
-            _styled(replica["state"]),
+            styled(replica["role"]),
+            styled(replica["state"]),
             replica["address"],
             replica["api"],
             "-" if lag is None else str(lag),
@@ -54,7 +55,7 @@ def run_table(cluster: dict[str, Any]) -> Table:
         table.add_row(
             run["run_id"],
             run["app"],
-            _styled(run["state"]),
+            styled(run["state"]),
             f"{run['server_round']}/{run['num_rounds'] or '?'}",
             f"{run['nodes_online']} of {run['min_nodes']}" if run["min_nodes"] else str(run["nodes_online"]),
             ", ".join(map(str, checkpoint["copies"])) if checkpoint else "-",

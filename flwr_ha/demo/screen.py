@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,7 @@ from rich.text import Text
 from flwr_ha import tables
 
 REFRESH_PER_S = 4
+BAR_WIDTH = 30
 
 
 class Screen:
@@ -77,16 +79,24 @@ class Screen:
 
 
 def picture(cluster: dict[str, Any] | None, note: str) -> RenderableType:
-    """Return replicas, runs and progress as something that rich can draw."""
+    """Return replicas, runs and progress as something that rich can draw, short enough for a small terminal."""
     if cluster is None:
         return Text(note, style="yellow")
-    parts: list[RenderableType] = [tables.replica_table(cluster)]
+    replicas = Table.grid(padding=(0, 2))
+    for replica in cluster["replicas"]:
+        lag = f"{replica['lag_rounds']} rounds behind" if replica["lag_rounds"] else ""
+        role = tables.styled(replica["role"]) if replica["state"] == "running" else Text("-")
+        replicas.add_row(f"replica {replica['id']}", role, tables.styled(replica["state"]), lag)
+    parts: list[RenderableType] = [replicas]
     for run in cluster["runs"]:
-        parts += [
-            tables.run_table(cluster),
-            ProgressBar(total=max(run["num_rounds"], 1), completed=run["server_round"]),
-        ]
-    return Group(*parts, Text(note, style="bold"))
+        metrics = tables.metrics_text(run["metrics"].get(str(run["server_round"]), {}))
+        progress = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=max(run["num_rounds"], 1), completed=run["server_round"], width=BAR_WIDTH)
+        progress.add_row(bar, f"{run['server_round']}/{run['num_rounds'] or '?'} rounds committed", metrics)
+        parts += [progress, Text(state_line(run))]
+    leader = "nobody leads" if cluster["leader"] is None else f"replica {cluster['leader']} leads"
+    title = f"{leader}, term {cluster['term']}"
+    return Panel(Group(*parts, Text(note, style="bold")), title=title, title_align="left")
 
 
 def changes(before: dict[str, Any] | None, after: dict[str, Any]) -> Sequence[tuple[str, str]]:

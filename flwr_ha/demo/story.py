@@ -70,6 +70,7 @@ class Story:
         self._training = (0, 0.0)  # which round is in training, and since when
         self._training_takes_s = FIRST_TRAINING_S
         self._moved_s = time.monotonic()
+        self._victim: Program | None = None
         self.kills: list[Kill] = []
 
     def play(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Story:
         if self._stop.wait(0):
             raise KeyboardInterrupt
         for program in [*self._cluster.replicas.values(), *self._cluster.supernodes.values()]:
-            if not program.is_alive and not self._is_killed(program):
+            if not program.is_alive and program is not self._victim:
                 raise DemoFailedError(f"{program.name} has ended", program.log_file)
         cluster = self._cluster.get("/cluster")
         if cluster is not None:
@@ -133,9 +134,6 @@ class Story:
             self._seen = cluster
             self._follow_training()
         self._screen.draw(cluster, self._note)
-
-    def _is_killed(self, program: Program) -> bool:
-        return any(self._cluster.replicas.get(kill.replica_id) is program for kill in self.kills)
 
     def _run(self) -> dict[str, Any] | None:
         runs = self._seen["runs"] if self._seen else []
@@ -186,6 +184,7 @@ class Story:
             at_s=time.monotonic(),
         )
         self.kills.append(kill)
+        self._victim = victim
         victim.kill_tree()
         what = f"replica {leader}, the leader, and its SuperLink and ServerApp ({count} processes)"
         self._screen.say(f"kill -9 of {what} in the middle of round {kill.server_round}", "bold red")
@@ -205,6 +204,7 @@ class Story:
             f"replica {leader} serves at {self._cluster.address}, {after_s:.1f} s after the kill", "bold green"
         )
         self._start_replica(kill.replica_id)
+        self._victim = None
         self._screen.say(f"replica {kill.replica_id} is started again, as a standby")
 
     def _leader_log(self) -> Path | None:

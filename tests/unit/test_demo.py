@@ -1,5 +1,6 @@
 """The demo's decisions and figures, without processes."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from flwr_ha.config import parse_settings
 from flwr_ha.demo import coordinators
 from flwr_ha.demo.coordinators import Source, choose
 from flwr_ha.demo.report import Kill, Trainings, count_trainings, lost_rounds, problems, report_table
-from flwr_ha.demo.screen import changes, picture, state_line
+from flwr_ha.demo.screen import Screen, changes, picture, state_line
 from flwr_ha.demo.story import kill_rounds
 from flwr_ha.errors import ConfigError
 from flwr_ha.settings import Settings
@@ -133,6 +134,20 @@ def test_picture_can_be_drawn_with_and_without_a_cluster():
     assert "3/8" in text
     assert "leader" in text
     assert "no replica answers" in text
+
+
+def test_terminal_keeps_the_lines_and_redraws_the_picture():
+    """Lines stay above the live picture; on a pipe there is no picture and no escape sequence."""
+    terminal, pipe = StringIO(), StringIO()
+    for output, is_terminal in ((terminal, True), (pipe, False)):
+        with Screen(Console(file=output, force_terminal=is_terminal, width=150)) as screen:
+            screen.draw(cluster(server_round=3), "round 4 is in training")
+            screen.say("kill -9 of replica 0")
+    assert "kill -9 of replica 0" in terminal.getvalue()
+    assert "round 4 is in training" in terminal.getvalue()
+    assert "kill -9 of replica 0" in pipe.getvalue()
+    assert "round 4" not in pipe.getvalue()
+    assert "\x1b" not in pipe.getvalue()
 
 
 def kill(server_round: int = 4, digest: str = "d3") -> Kill:
