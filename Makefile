@@ -47,7 +47,7 @@ format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 
 test: setup ## Run the whole suite, real ZooKeeper and real SuperNodes included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 unit: $(STAMP) ## Run the tests that need no process
 	$(BIN)/python -m pytest tests/unit
