@@ -46,12 +46,12 @@ class ObservedRun:
             self.run_id, lambda run: run["server_round"] >= server_round, timeout_s=timeout_s, what="the next round"
         )
 
-    def wait_middle_of_round(self, server_round: int = 0) -> int:
+    def wait_middle_of_round(self, server_round: int = 0, *, timeout_s: float = 2 * ROUND_TIMEOUT_S) -> int:
         """Return the committed round before the one whose messages are out, once it is `server_round` or later."""
         run = self.cluster.wait_run(
             self.run_id,
             lambda run: run["server_round"] >= server_round and run["state"] in BUSY and "replies" in run["reason"],
-            timeout_s=2 * ROUND_TIMEOUT_S,
+            timeout_s=timeout_s,
             what=f"the middle of the round after {server_round}",
         )
         return int(run["server_round"])

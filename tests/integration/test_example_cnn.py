@@ -12,9 +12,9 @@ from flwr_ha.local.cluster import REPLICA_TIMEOUT_S, Plan
 from flwr_ha.local.processes import wait_until
 from flwr_ha.storage import checkpoint
 from flwr_ha.storage.blobs import BlobStore
-from tests.integration.observed import MakeCluster, ObservedRun, at_s, wait_next_term
+from tests.integration.observed import ROUND_TIMEOUT_S, MakeCluster, ObservedRun, at_s, wait_next_term
 
-pytestmark = [pytest.mark.processes, pytest.mark.zookeeper, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.zookeeper, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 ROUNDS = 8
 
@@ -45,7 +45,7 @@ def test_cnn_trains_on_through_the_death_of_its_leader(cluster: MakeCluster, tmp
 
     (run_id,) = wait_until(submitted, timeout_s=2 * REPLICA_TIMEOUT_S, what="the example's run on five SuperNodes")
     run = ObservedRun(made, run_id)
-    assert run.wait_middle_of_round(2) == 2
+    assert run.wait_middle_of_round(2, timeout_s=4 * ROUND_TIMEOUT_S) == 2
     leader, term = made.wait_leader(timeout_s=30.0), made.get("/cluster")["term"]
 
     killed_at_s, killed_s = time.time(), time.monotonic()
@@ -56,7 +56,7 @@ def test_cnn_trains_on_through_the_death_of_its_leader(cluster: MakeCluster, tmp
     assert successor != leader
     assert at_s(wait_next_term(made, after=term)) - killed_at_s < made.plan.session_timeout_s + 2.0
     assert answered_s < made.plan.session_timeout_s + 2.0
-    finished = run.wait_finished()
+    finished = run.wait_finished(timeout_s=8 * ROUND_TIMEOUT_S)
     run.check_finished(ROUNDS)
     assert finished["server_round"] == ROUNDS
     assert finished["metrics"][str(ROUNDS)]["accuracy"] >= 0.93
