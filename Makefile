@@ -47,7 +47,7 @@ format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 
 test: setup ## Run the whole suite, real ZooKeeper and real SuperNodes included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 unit: $(STAMP) ## Run the tests that need no process
 	$(BIN)/python -m pytest tests/unit
@@ -56,6 +56,7 @@ demo: $(STAMP) zookeeper ## Train the MNIST CNN while the leader is killed (ROUN
 	$(BIN)/python -m flwr_ha demo --rounds $(ROUNDS) --kill $(KILL) --coordinator $(COORDINATOR)
 
 chaos: $(STAMP) zookeeper ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants; kill 50 leaders after flwr run
+	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS_) --seed $(SEED)
 	$(BIN)/python -m tests.acknowledged --times 50
 

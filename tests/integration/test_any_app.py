@@ -14,7 +14,7 @@ from flwr_ha.errors import HaError
 from flwr_ha.local.cluster import LocalCluster, Plan
 from flwr_ha.local.processes import wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("any-app"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
 APPS = Path(__file__).parents[1] / "apps"
 ROUNDS = 3
@@ -105,7 +105,7 @@ def test_ends_survive(story: Story) -> None:
     """No takeover wakes a stopped, failed or finished run."""
     assert (story.state("sleeper"), story.state("raising"), story.state("early")) == ("stopped", "failed", "finished")
     for name in ("sleeper", "raising", "early"):
-        assert "leads in term 2" not in story.log(name)
+        assert re.search("leads in term [2-9]", story.log(name)) is None
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -118,7 +118,7 @@ def test_each_kind_of_app_finishes(story: Story, name: str) -> None:
 def test_wrapped_app_goes_on_after_its_last_round(story: Story, name: str) -> None:
     """With `HighlyAvailable` no committed round is trained again, and the result holds all of them."""
     log = story.log(name)
-    resumed = re.search(r"replica \d leads in term 2: the ServerApp starts again after round (\d)", log)
+    resumed = re.search(r"replica \d leads in term [2-9]: the ServerApp starts again after round (\d)", log)
     assert resumed is not None, log
     assert int(resumed[1]) >= WRAPPED[name]
     assert f"result rounds {list(range(1, ROUNDS + 1))}" in log
@@ -138,7 +138,7 @@ def test_own_strategy_keeps_its_state_and_config(story: Story) -> None:
 def test_plain_app_starts_again_and_the_log_says_so(story: Story) -> None:
     """An app that knows nothing of flwr_ha runs again from its round 1, under the same run id."""
     log = story.log("classic")
-    first, _, second = log.partition("leads in term 2: no round of this run is committed")
+    first, second = re.split(r"leads in term [2-9]: no round of this run is committed", log, maxsplit=1)
     assert "[ROUND 1]" in first, "the log up to the takeover survives"
     assert "the ServerApp starts from its round 1" in second
     assert second.count(f"[ROUND {ROUNDS}]") == 1
@@ -147,8 +147,7 @@ def test_plain_app_starts_again_and_the_log_says_so(story: Story) -> None:
 
 def test_log_of_a_wrapped_app_survives(story: Story) -> None:
     """What a run logged before the takeover is there after it."""
-    first, found, _ = story.log("message_custom").partition("leads in term 2")
-    assert found
+    first, _ = re.split("leads in term [2-9]", story.log("message_custom"), maxsplit=1)
     assert "round 1 has learning rate 1" in first
 
 

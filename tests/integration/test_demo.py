@@ -63,7 +63,7 @@ class Demo:
                 self.process.wait()
 
 
-@pytest.mark.parametrize(("coordinator", "rounds"), [("embedded", 3), ("auto", 2)])
+@pytest.mark.parametrize(("coordinator", "rounds"), [("embedded", 2), pytest.param("auto", 3, marks=pytest.mark.long)])
 def test_demo_survives_the_kill_and_reports_it(tmp_path, coordinator, rounds):
     """The leader is killed in the middle; all rounds are there at the end, and no process is left."""
     demo = Demo(tmp_path, "--rounds", str(rounds), "--kill", "1", "--coordinator", coordinator)

@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.processes,
     pytest.mark.zookeeper,
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("endless"),
 ]
 
 

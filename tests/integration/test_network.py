@@ -17,7 +17,6 @@ from tests.network import REPLICAS, Network, NetworkCluster, address
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.zookeeper,
-    pytest.mark.xdist_group("network"),
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed (tests/install.sh)"),

@@ -12,7 +12,7 @@ import pytest
 from flwr_ha.local.cluster import SERVERAPP, LocalCluster, Plan
 from flwr_ha.local.processes import wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("death"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 APPS = Path(__file__).parents[1] / "apps"
 RESTARTS = 2

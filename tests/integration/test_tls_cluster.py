@@ -22,7 +22,7 @@ from flwr_ha.operator import Operator
 from flwr_ha.settings import TlsSettings
 from flwr_ha.tls import client_context
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("tls"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
 APP = Path(__file__).parents[1] / "apps" / "numpy_app"
 NODES = 2

@@ -10,7 +10,6 @@ pytestmark = [
     pytest.mark.processes,
     pytest.mark.zookeeper,
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("endless"),
 ]
 NODES = range(3)
 

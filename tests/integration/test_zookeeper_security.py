@@ -19,7 +19,7 @@ from flwr_ha.local.processes import Program, wait_until
 from flwr_ha.local.zookeeper import JAVA_OPTIONS, MAIN_CLASS, free_ports, node_mode, require_zookeeper
 from flwr_ha.settings import ZooKeeperSettings
 
-pytestmark = [pytest.mark.zookeeper, pytest.mark.xdist_group("secure-zookeeper"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.zookeeper, pytest.mark.timeout(120)]
 
 SESSION_TIMEOUT_S = 8.0
 REFUSED_TIMEOUT_S = 3.0
