@@ -30,6 +30,7 @@ COMMITTED_RUN = "4000000000000000001"
 MODEL_SIZE = 2_000
 DISK_BYTES = 600 * 1024**2
 ENDLESS = 1_000_000
+TRAINING_TIMEOUT_S = 240.0  # a SuperNode that was killed counts as online for a minute
 KEPT = 3
 STRATEGY = "fedadam"
 
@@ -98,10 +99,21 @@ class Chaos:
                 time.sleep(step.delay_s)  # the moment is part of the plan
                 self.injector.carry_out(step)
             self._wait_commits(3)
+            self._wait_training()
         except HaError as error:
             self._failures.append(f"seed {plan.seed}: {error}")
             return False
         return True
+
+    def _wait_training(self) -> None:
+        """Wait for a round of the real SuperNodes: a plan that only stops them shows nothing."""
+        if self._run_id:
+            goal = self._trained_round() + 1
+            wait_until(lambda: self._trained_round() >= goal, timeout_s=TRAINING_TIMEOUT_S, what=f"training {goal}")
+
+    def _trained_round(self) -> int:
+        run = self.cluster.run(self._run_id)
+        return 0 if run is None else int(run["server_round"])
 
     def _wait_commits(self, count: int) -> None:
         goal = self._committer.round + count

@@ -26,7 +26,7 @@ CHOSEN = FaultPlan(
             Cut(NetworkPath.TO_REPLICAS, 2.0),
             Corrupt(False),
             Kill(Part.TREE),
-            Freeze(Part.SUPERLINK, 2.0),
+            Freeze(Part.TREE, 2.5),
         )
     ),
 )
@@ -69,8 +69,8 @@ def test_leader_that_reaches_no_standby_commits_nothing_and_says_why(chaos: Chao
 
 
 def test_no_invariant_is_broken_by_the_chosen_and_by_drawn_plans(chaos: Chaos) -> None:
-    """One of each kind of fault on the leader, then what two seeds bring."""
-    plans = [CHOSEN, *(draw(seed, steps=2, has_supernodes=False) for seed in (1, 2))]
+    """One of each kind of fault on the leader, then what a seed brings."""
+    plans = [CHOSEN, draw(2, steps=2, has_supernodes=False)]
 
     for plan in plans:
         if not chaos.carry_out(plan):
@@ -78,7 +78,7 @@ def test_no_invariant_is_broken_by_the_chosen_and_by_drawn_plans(chaos: Chaos) -
     report = chaos.report()
 
     assert report.violations == ()
-    assert report.plans == 3
-    assert report.faults.total() == len(CHOSEN.steps) + 4
-    assert report.takeovers >= 2
+    assert report.plans == 2
+    assert report.faults.total() == len(CHOSEN.steps) + 2
+    assert report.takeovers >= 3
     assert report.rounds > 20
