@@ -74,8 +74,7 @@ class PeerClient:
     tls : ssl.SSLContext or None
         Context for HTTPS; None for plain HTTP.
     chunk_bytes : int
-        Bytes in one request; a few MiB keep the round trips few (measured: 4 MiB takes half as long
-        again as 16 MiB). Memory does not grow with it.
+        Bytes in one request; many MiB keep the round trips few, and memory does not grow with it.
     timeout_s : float
         Longest wait for the peer to take or to send anything, in seconds.
     """
