@@ -18,7 +18,7 @@ GOAL = 0.85
 
 def measure(folder: Path, scale: Scale) -> list[Figure]:
     """Train turn about on both, some rounds at a time; the first round of each turn does not count."""
-    nodes, turns, rounds = 5, scale.pick(1, 3), scale.pick(4, 6)
+    nodes, turns, rounds = 5, scale.pick(1, 3), scale.pick(3, 4)
     with ExitStack() as stack:
         plain = stack.enter_context(PlainFlower(folder / "plain", supernodes=nodes))
         plain.start()

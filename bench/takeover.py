@@ -38,10 +38,11 @@ def measure(folder: Path, scale: Scale) -> list[Figure]:
     with LocalCluster(folder, plan) as cluster:
         cluster.start()
         run_id = cluster.submit(APP, num_server_rounds=1000, min_nodes=2, step_s=STEP_S, model_bytes=4000, layers=1)
-        undisturbed = _rounds(cluster, run_id, 4)
+        _wait_round(cluster, run_id, 1)
+        undisturbed = _rounds(cluster, run_id, 3)
         for number in range(times):
             splits.append(_kill(cluster, run_id, after_s=1.0 + 0.6 * number % STEP_S))
-            undisturbed += _rounds(cluster, run_id, 2)
+            undisturbed += _rounds(cluster, run_id, 1)
         cluster.flwr("stop", run_id, "ha")
     totals = [split["round finished"] for split in splits]
     round_s = statistics.median(undisturbed)
@@ -60,9 +61,8 @@ def measure(folder: Path, scale: Scale) -> list[Figure]:
 
 
 def _rounds(cluster: LocalCluster, run_id: str, number: int) -> list[float]:
-    """Return the seconds of some rounds that begin after the next commit."""
-    first = _wait_round(cluster, run_id, _round(cluster, run_id) + 1)
-    times = [time.monotonic()]
+    """Return the seconds of the next rounds; called when one has just been committed."""
+    first, times = _round(cluster, run_id), [time.monotonic()]
     for server_round in range(first + 1, first + 1 + number):
         _wait_round(cluster, run_id, server_round)
         times.append(time.monotonic())
@@ -80,8 +80,11 @@ def _wait_round(cluster: LocalCluster, run_id: str, wanted: int) -> int:
 
 
 def _kill(cluster: LocalCluster, run_id: str, *, after_s: float) -> dict[str, float]:
-    """Kill, wait for the next round, start the killed replica again; return seconds from the kill to each phase."""
-    before = _wait_round(cluster, run_id, _round(cluster, run_id) + 1)
+    """Kill the leader some seconds after a commit; return the seconds from the kill to each phase.
+
+    At the end the next round is committed, and the killed replica starts again.
+    """
+    before = _round(cluster, run_id)
     time.sleep(after_s)  # not a wait: the moment of the kill is what is varied
     leader = cluster.leader()
     assert leader is not None
