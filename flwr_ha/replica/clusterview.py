@@ -95,10 +95,12 @@ def _status_without_leader(run_id: str, head: Head | None) -> RunStatus:
 def _checkpoint(head: Head, view: View) -> dict[str, Any]:
     """Show the head with the copies that exist now: live replicas speak for themselves."""
     position = head.position
-    copies = {replica_id for replica_id in head.copies if replica_id not in view.replicas}
+    copies = set(head.copies)
     for replica_id, record in view.replicas.items():
         if record.get("holds", {}).get(head.run_id) == position.digest:
             copies.add(replica_id)
+        elif record.get("checked", {}).get(head.run_id) == position.digest:
+            copies.discard(replica_id)
     return {
         "server_round": position.server_round,
         "term": position.term,

@@ -55,6 +55,7 @@ class Holdings:
         self._keep = keep_checkpoints
         self._wanted_since: dict[str, float] = {}
         self._held: dict[str, Head] = {}
+        self._checked: dict[str, str] = {}
         self._collected_s = time.monotonic()
         self._noted: dict[str, Head] = {}
         self.lag_rounds = 0
@@ -63,6 +64,11 @@ class Holdings:
     def holds(self) -> dict[str, str]:
         """Digest of the newest checkpoint of each run that lies here in full."""
         return {run_id: head.position.digest for run_id, head in list(self._held.items())}
+
+    @property
+    def checked(self) -> dict[str, str]:
+        """Digest of the newest checkpoint of each run that was looked for here; `holds` is older without it."""
+        return dict(self._checked)
 
     def follow(self, view: View, *, is_leader: bool) -> None:
         """Check each head, pull what has been missing for a while, and collect now and then."""
@@ -74,6 +80,7 @@ class Holdings:
             else:
                 held = self._held.get(run_id)
                 lag = max(lag, head.position.server_round - (held.position.server_round if held else 0))
+        self._checked = {run_id: head.position.digest for run_id, head in view.heads.items()}
         if view.control is not None:
             self._is_here(view.control.digest, now_s, may_fetch=not is_leader, is_control=True)
         self.lag_rounds = lag

@@ -93,6 +93,7 @@ class Replica:
             "id": self._tools.replica_id,
             "state": (ReplicaState.RUNNING if is_up else ReplicaState.STARTING).value,
             "lag_rounds": self._tools.holdings.lag_rounds,
+            "checked": self._tools.holdings.checked,
             "holds": self._tools.holdings.holds,
             "runs": [status.to_json() for status in self._board.statuses()] if is_elected else [],
             "superlink": _identity(self._agent.life),

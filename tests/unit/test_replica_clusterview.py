@@ -18,7 +18,7 @@ SETTINGS = parse_settings(
         "coordinator": "embedded:c",
         "replicas": [{"id": n, "address": "127.0.0.1:8000", "api": f"127.0.0.1:801{n}"} for n in range(3)],
     },
-    folder=Path("/work"),
+    folder=Path("/srv/flwr-ha"),
 )
 
 
@@ -37,12 +37,20 @@ def head(server_round: int, *, num_rounds: int = 8, term: int = 2) -> Head:
     )
 
 
-def record(replica_id: int, *, holds: int | None = None, runs: list[RunStatus] | None = None, lag: int = 0) -> Record:
-    """Return what a replica publishes; `holds` is the round whose checkpoint lies there."""
+def record(
+    replica_id: int,
+    *,
+    holds: int | None = None,
+    checked: int = 3,
+    runs: list[RunStatus] | None = None,
+    lag: int = 0,
+) -> Record:
+    """Return what a replica publishes: the round whose checkpoint lies there, and that which it looked for."""
     return {
         "id": replica_id,
         "state": "running",
         "lag_rounds": lag,
+        "checked": {RUN: head(checked).position.digest},
         "holds": {} if holds is None else {RUN: head(holds).position.digest},
         "runs": [status.to_json() for status in runs or ()],
     }
@@ -156,3 +164,17 @@ def test_run_without_a_commit_is_shown() -> None:
     view = View(leader=leader(1), replicas={1: record(1, runs=[WAITING])}, term=3)
     (run,) = cluster_json(SETTINGS, view, {})["runs"]
     assert (run["server_round"], run["checkpoint"], run["metrics"], run["num_rounds"]) == (0, None, {}, 8)
+
+
+def test_replica_that_has_not_looked_yet_counts_as_the_commit_said() -> None:
+    """Right after a commit the records are older than the head: they do not say that the copies are gone."""
+    copies = head(3).copies
+    assert copies
+    view = View(
+        leader=leader(1),
+        replicas={replica_id: record(replica_id, holds=2, checked=2) for replica_id in copies},
+        heads={RUN: head(3)},
+        term=3,
+    )
+    (run,) = cluster_json(SETTINGS, view, {})["runs"]
+    assert run["checkpoint"]["copies"] == sorted(copies)
