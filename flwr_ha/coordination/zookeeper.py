@@ -42,8 +42,11 @@ CALL_LIMIT = 1 / 3
 class ZooKeeperStore:
     """Implement `flwr_ha.coordination.protocol.Store` on a ZooKeeper ensemble.
 
-    Reads are linearizable: each one is sent behind a ``sync``, so that a node that lags behind
-    catches up first. A lost session is replaced by a new one; its ephemeral entries are gone then.
+    Each read is sent behind a ``sync``, so that a node that lags behind catches up first. ZooKeeper
+    applies the commits of other sessions beside a ``sync``, so that a read may still miss what was
+    answered a moment before (seen on busy nodes); it cannot miss what was answered before a write of
+    its own session. Hence a new leader, whose election is a write, sees every commit of the terms
+    before. A lost session is replaced by a new one; its ephemeral entries are gone then.
     Every call ends within a third of the session timeout, and a connection on which one was not
     answered in that time is dropped for one to another node, while the session still lives.
 

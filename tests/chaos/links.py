@@ -81,7 +81,13 @@ class Link:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._is_open.wait()
+        try:
+            await self._is_open.wait()
+            await self._carry(reader, writer)
+        finally:
+            writer.transport.abort()  # also when all links are closed while this one is cut
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lost: set[int] = set()
         sent, answered = Frames(), Frames()
 
@@ -101,12 +107,13 @@ class Link:
                 asyncio.ensure_future(self._pump(reader, onward, note_request)),
                 asyncio.ensure_future(self._pump(there, writer, may_answer)),
             ]
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for pump in pumps:
-                pump.cancel()
-            onward.transport.abort()
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                onward.transport.abort()
         self.lost_replies += bool(lost)
-        writer.transport.abort()
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, may_pass: Callable[[bytes], bool]
@@ -153,3 +160,5 @@ class Links:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for _ in range(3):
+            await asyncio.sleep(0)  # an aborted transport is closed by a callback of the loop

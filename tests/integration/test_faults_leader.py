@@ -138,7 +138,7 @@ def test_leader_killed_while_it_hands_over_is_replaced(cluster: LocalCluster, co
     victim = (cluster.wait_leader(timeout_s=LONG_S) + 1) % 3
     cluster.replicas[victim].kill_tree()
     cluster.start_replica(victim, environment={"FLWR_HA_FAILPOINT": f"{name}:kill"})
-    _wait_whole(cluster)
+    _wait_ready(cluster, victim)
     ask_switchover(cluster, victim)
     wait_until(lambda: cluster.leader() == victim, timeout_s=LONG_S, what="the switchover")
     _wait_progress(committer, 1)
@@ -148,7 +148,7 @@ def test_leader_killed_while_it_hands_over_is_replaced(cluster: LocalCluster, co
     assert cluster.replicas[victim].wait(LONG_S) == -signal.SIGKILL
     cluster.wait_leader(timeout_s=LONG_S, other_than=victim)
     cluster.start_replica(victim)
-    _wait_whole(cluster)
+    _wait_ready(cluster, victim)
 
 
 def _checkpoint(server_round: int) -> Checkpoint:
@@ -158,6 +158,16 @@ def _checkpoint(server_round: int) -> Checkpoint:
 def _wait_progress(committer: Committer, rounds: int) -> None:
     goal = committer.round + rounds
     wait_until(lambda: committer.round >= goal, timeout_s=LONG_S, what=f"round {goal}")
+
+
+def _wait_ready(cluster: LocalCluster, replica_id: int) -> None:
+    """Wait for a replica that was just started: its last life's record may still be shown as running."""
+
+    def is_ready() -> bool:
+        return (cluster.get("/readiness", replica_id=replica_id) or {}).get("status") == "ok"
+
+    wait_until(is_ready, timeout_s=LONG_S, what=f"replica {replica_id} to be ready", poll_s=0.1)
+    _wait_whole(cluster)
 
 
 def _wait_whole(cluster: LocalCluster) -> None:
