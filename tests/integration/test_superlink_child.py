@@ -248,17 +248,17 @@ def test_registration_is_acknowledged_only_when_replicated(
 
 
 def test_run_that_is_not_acknowledged_is_withdrawn(replicas: Callable[..., Replica], public: str) -> None:
-    """The agent says no: that run is taken back, and Flower's command, which asks again, gets another one."""
+    """The agent says no: `flwr run` fails, and the run does not run behind its user's back."""
     replica = replicas()
     replica.process.wait_ready(60.0)
     replica.answers = [False]
     replica.lead(public)
 
-    acknowledged = str(flwr("run", str(SLEEPER), "ha")["run-id"])
+    assert flwr("run", str(SLEEPER), "ha")["success"] is False
 
-    (withdrawn,) = [run for run in replica.summary().runs if run.run_id != acknowledged]
-    assert withdrawn.state is linkstate.TaskState.STOPPED
-    assert "submit it again" in withdrawn.details
+    (run,) = replica.summary().runs
+    assert run.state is linkstate.TaskState.STOPPED
+    assert "submit it again" in run.details
 
 
 def test_run_goes_on_at_the_next_leader(
