@@ -281,12 +281,18 @@ class Replica:
             self._agent.post(RunSettled(run_id))
         if self._observed is None or self._observed.done():
             self._observed = self._control.submit(office.duties.replicate_control)
-        self._obey_switchover()
+        self._obey_switchover(office)
 
-    def _obey_switchover(self) -> None:
-        switchover = self.pulse.sight.view.switchover
-        if switchover is not None and self._agent.is_leader and self._agent.state.drain is None:
-            self._agent.post(SwitchoverAsked(self._board.in_training(), switchover.candidate))
+    def _obey_switchover(self, office: Office) -> None:
+        """Hand over if an operator asks for it.
+
+        A view of an older term may still hold the request that this very leadership has fulfilled.
+        """
+        view = self.pulse.sight.view
+        if view.switchover is None or view.term != office.leadership.term:
+            return
+        if self._agent.is_leader and self._agent.state.drain is None:
+            self._agent.post(SwitchoverAsked(self._board.in_training(), view.switchover.candidate))
 
 
 def _identity(life: Life | None) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ def cluster(tmp_path: Path) -> Iterator[MakeCluster]:
         yield lambda plan: stack.enter_context(LocalCluster(tmp_path / "cluster", plan))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def endless_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedRun]:
     """Run a cluster on ZooKeeper that trains without end; several tests kill parts of it, one after the other."""
     plan = Plan(supernodes=2, session_timeout_s=4.0)
