@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,11 +13,10 @@ from typing import TypeVar
 
 from flwr_ha.errors import HaError
 from flwr_ha.superlink.procfs import descendants
+from flwr_ha.superlink.tether import tethered
 
-PR_SET_PDEATHSIG = 1
 POLL_S = 0.02
 T = TypeVar("T")
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class WaitTimeoutError(HaError):
@@ -85,14 +83,13 @@ class Program:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                list(command),
+                tethered(list(command)),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **environment},
                 cwd=folder,
                 start_new_session=True,
-                preexec_fn=lambda: _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509 one libc call
             )
 
     @property

@@ -12,16 +12,15 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from os import getpid
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from flwr_ha.errors import ConfigError, CoordinationError
+from flwr_ha.superlink.tether import tethered
 
 LOGGER = logging.getLogger(__name__)
 
@@ -36,16 +35,6 @@ HOW_TO_GET_IT = (
 PORT_RANGE = (15000, 32000)
 ANSWER_TIMEOUT_S = 0.5
 POLL_S = 0.05
-
-# Runs in place of the child until it becomes Java: no code of ours runs between fork and exec,
-# which would not be safe in a process with threads.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    os._exit(1)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 
 def free_ports(count: int) -> tuple[int, ...]:
@@ -200,12 +189,11 @@ class LocalEnsemble:
         if self.is_running(index):
             return
         folder = self._node_folder(index)
-        trampoline = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(getpid())]
         java = ["java", *JAVA_OPTIONS, "-cp", self._class_path, MAIN_CLASS, str(folder / "zoo.cfg")]
         log: IO[bytes]
         with (folder / "zookeeper.log").open("ab") as log:
             self._processes[index] = subprocess.Popen(
-                [*trampoline, *java],
+                tethered(java),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

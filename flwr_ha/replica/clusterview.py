@@ -54,6 +54,12 @@ def _replica(replica_id: int, settings: Settings, view: View, leader: int | None
     }
 
 
+def running_replicas(view: View) -> frozenset[int]:
+    """Return the ids of the replicas that lead or could: their record is there and says that they run."""
+    is_up = ReplicaState.RUNNING.value
+    return frozenset(replica_id for replica_id, record in view.replicas.items() if record["state"] == is_up)
+
+
 def statuses(view: View, leader: int | None) -> dict[str, RunStatus]:
     """Return what the leader says of its runs; empty where nobody leads."""
     record = view.replicas.get(leader) if leader is not None else None

@@ -108,10 +108,11 @@ class Duties:
             tools.holdings.ensure(control.digest, is_control=True, timeout_s=FETCH_TIMEOUT_S)
             reach("takeover.after-fetch")
             snapshot = tools.store.read(control.digest)
-            self._ensure_checkpoints(unfinished_runs(snapshot))
+            heads = tools.coordinator.heads()
+            self._ensure_checkpoints(heads, unfinished_runs(snapshot))
             reach("takeover.after-checkpoints")
             linkstate.restore(
-                self._database, snapshot, tools.store.read, now_s=time.time(), note=self._takeover_note(tools)
+                self._database, snapshot, tools.store.read, now_s=time.time(), note=self._takeover_note(heads)
             )
             self._control_digest = control.digest
             reach("takeover.after-restore")
@@ -119,10 +120,9 @@ class Duties:
         self._open_public(address, stale)
         reach("takeover.after-open")
 
-    def _takeover_note(self, tools: Tools) -> Callable[[str], str]:
+    def _takeover_note(self, heads: Mapping[str, Head]) -> Callable[[str], str]:
         """Return what the log of an unfinished run says: a ServerApp without HighlyAvailable begins anew."""
-        heads = tools.coordinator.heads()
-        who = f"replica {tools.replica_id} leads in term {self.leadership.term}"
+        who = f"replica {self._tools.replica_id} leads in term {self.leadership.term}"
 
         def note(run_id: str) -> str:
             if run_id in heads:
@@ -148,8 +148,8 @@ class Duties:
                 self._tools.events.add("fenced", f"the frozen SuperLink of an earlier term was ended (process {pids})")
             self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
 
-    def _ensure_checkpoints(self, unfinished: frozenset[str]) -> None:
-        for run_id, head in self._tools.coordinator.heads().items():
+    def _ensure_checkpoints(self, heads: Mapping[str, Head], unfinished: frozenset[str]) -> None:
+        for run_id, head in heads.items():
             try:
                 self._tools.holdings.ensure(head.position.digest, is_control=False, timeout_s=FETCH_TIMEOUT_S)
             except BlobLostError as error:

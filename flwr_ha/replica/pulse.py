@@ -12,8 +12,9 @@ from types import TracebackType
 from flwr_ha.coordination.coordinator import Coordinator, View
 from flwr_ha.coordination.values import Record
 from flwr_ha.errors import ConfigError, CoordinationError, FencedError
-from flwr_ha.model import Head, LeadershipChange, ReplicaState
+from flwr_ha.model import Head, LeadershipChange
 from flwr_ha.replica.agent import Agent
+from flwr_ha.replica.clusterview import running_replicas
 from flwr_ha.replica.disk import DiskWatch, needed_bytes
 from flwr_ha.replica.holdings import Holdings
 from flwr_ha.replica.messages import Crashed, Fenced, FitnessChanged, Renewed, Seen, StopAsked
@@ -187,10 +188,8 @@ class Pulse:
     def _seen(self, view: View) -> Seen:
         switchover = view.switchover
         candidate = switchover.candidate if switchover is not None else None
-        if candidate is not None:
-            record = view.replicas.get(candidate)
-            if record is None or record["state"] != ReplicaState.RUNNING.value:
-                candidate = None
+        if candidate not in running_replicas(view):
+            candidate = None
         return Seen(
             leader=view.leader.replica_id if view.leader is not None else None,
             term=view.term,

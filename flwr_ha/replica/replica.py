@@ -15,7 +15,7 @@ from flwr_ha.errors import FencedError
 from flwr_ha.model import Head, ReplicaState, RunState, RunStatus
 from flwr_ha.replica.agent import Agent, Life, Office
 from flwr_ha.replica.api import RefusedError
-from flwr_ha.replica.clusterview import cluster_json
+from flwr_ha.replica.clusterview import cluster_json, running_replicas
 from flwr_ha.replica.duties import Tools
 from flwr_ha.replica.measure import measure
 from flwr_ha.replica.messages import RunSettled, SuperLinkGone, SwitchoverAsked
@@ -156,11 +156,7 @@ class Replica:
         view = self.pulse.sight.view
         if view.leader is None:
             raise RefusedError("there is no leader to take over from")
-        standbys = {
-            replica_id
-            for replica_id, record in view.replicas.items()
-            if replica_id != view.leader.replica_id and record["state"] == ReplicaState.RUNNING.value
-        }
+        standbys = running_replicas(view) - {view.leader.replica_id}
         if candidate is not None and candidate not in standbys:
             raise RefusedError(f"replica {candidate} is not a healthy standby")
         if not standbys:
