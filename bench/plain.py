@@ -41,7 +41,7 @@ class PlainFlower(LocalCluster):
             "flower-superlink",
             [*command, "--database", str(self.folder / "state.db")],
             log_file=self.folder / "logs" / "superlink.log",
-            environment=self._environment,
+            environment=self.environment,
         )
         wait_until(lambda: is_serving(self.address), timeout_s=120.0, what="flower-superlink", poll_s=0.01)
         return time.monotonic() - start_s

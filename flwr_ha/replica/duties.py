@@ -85,6 +85,8 @@ class Duties:
         self._known_fabs: dict[str, str] = {}
         self._log_mark = 0
         self._log_mark_s = float("-inf")
+        self._safe_seen: object = None
+        self._marked_seen: object = None
         self._commit_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def take_over(self, address: str, stale: Sequence[ChildRecord]) -> None:
@@ -160,7 +162,7 @@ class Duties:
                     raise
                 self._tools.events.add("copy-missing", f"checkpoint of the ended run {run_id} is not here: {error}")
 
-    def replicate_control(self, *, is_asked: bool = False) -> bool:
+    def replicate_control(self, *, is_asked: bool = False, seen: object = None) -> bool:
         """Commit the control plane as it is now; return whether it is safe on a majority.
 
         Parameters
@@ -168,18 +170,24 @@ class Duties:
         is_asked : bool
             Whether an answer waits for it. It is also called now and then for what changes by itself; the logs
             come along when an answer waits, after a round, and every few seconds.
+        seen : object, optional
+            Stands for all that was in the database at some moment before this call: as long as it is equal, nobody
+            has written. What is safe already is not read again then. None: not known.
         """
         tools = self._tools
         with self._control_lock:
             if is_asked:
                 self._log_mark_s = float("-inf")
+            elif seen is not None and seen == self._safe_seen and not self._is_log_due(seen):
+                return True
             try:
                 control = linkstate.export(
-                    self._database, tools.store.put, logs_until=self._logs_until(), known_fabs=self._known_fabs
+                    self._database, tools.store.put, logs_until=self._logs_until(seen), known_fabs=self._known_fabs
                 )
                 digest = tools.store.put(control.snapshot)
                 reach("control.after-export")
                 if digest == self._control_digest:
+                    self._safe_seen = seen
                     return True
                 copies = tools.storage.protect(
                     [*control.blobs, digest], needed=tools.needed_copies, timeout_s=PROTECT_CONTROL_TIMEOUT_S
@@ -192,15 +200,20 @@ class Duties:
                     tools.events.add("not-committed", f"control plane: {error}", term=self.leadership.term)
                 self._trouble = str(error)
                 return False
-            self._control_digest, self._trouble = digest, ""
+            self._control_digest, self._trouble, self._safe_seen = digest, "", seen
             return True
 
-    def _logs_until(self) -> int:
+    def _logs_until(self, seen: object) -> int:
         """Move the mark up to which logs are carried now and then: each move is a commit of its own."""
         now_s = time.monotonic()
         if now_s - self._log_mark_s >= LOGS_EVERY_S:
             self._log_mark, self._log_mark_s = linkstate.log_mark(self._database), now_s
+            self._marked_seen = seen
         return self._log_mark
+
+    def _is_log_due(self, seen: object) -> bool:
+        """Whether there may be lines behind the mark, and it is time to move it."""
+        return seen != self._marked_seen and time.monotonic() - self._log_mark_s >= LOGS_EVERY_S
 
     def commit(self, run_id: str, body: Mapping[str, Any], check: Callable[[], None]) -> Head:
         """Make a round count.

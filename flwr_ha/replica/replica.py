@@ -273,10 +273,11 @@ class Replica:
                     self._agent.post(SuperLinkGone(f"its database cannot be read: {error}"))
 
     def _watch(self, watch: Watch, office: Office) -> None:
+        seen = (watch, watch.version())  # a version means something to the one that has read it only
         for run_id in self._board.observe(watch.summary()):
             self._agent.post(RunSettled(run_id))
         if self._observed is None or self._observed.done():
-            self._observed = self._control.submit(office.duties.replicate_control)
+            self._observed = self._control.submit(office.duties.replicate_control, seen=seen)
         self._obey_switchover(office)
 
     def _obey_switchover(self, office: Office) -> None:
