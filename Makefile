@@ -64,5 +64,5 @@ bench: $(STAMP) zookeeper ## Measure side by side; writes bench/results.json
 	$(BIN)/python -m bench
 
 clean: ## Remove what setup, tests and the demo made
-	rm -rf .venv .flwr-ha .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.fab bench/results.json
+	rm -rf .venv .flwr-ha .flwr-releases .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.fab bench/results.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

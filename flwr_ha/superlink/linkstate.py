@@ -150,7 +150,7 @@ def restore(
     Raises
     ------
     ConfigError
-        The replicas run different versions of Flower: install the same one everywhere.
+        The replicas run versions of Flower with different tables: install the same one everywhere.
     sqlite3.Error
         The database cannot be written: give the leadership up, nothing was changed.
     """
@@ -160,7 +160,7 @@ def restore(
     lines = [line for chunk in value["logs"] for line in json.loads(get_blob(chunk["blob"]))]
     with opened(database, "BEGIN IMMEDIATE", is_read_only=False) as connection:
         revision, columns = schema.check_schema(connection)
-        if value["format"] != _FORMAT or value["schema"] != {"revision": revision, "columns": columns}:
+        if value["format"] != _FORMAT or value["schema"]["columns"] != columns:
             raise ConfigError(
                 f"the control plane was written by a replica with the database schema {value['schema']['revision']}, "
                 f"this one has {revision}; install the same versions of flwr and flwr-ha on all replicas."

@@ -13,8 +13,12 @@ from flwr_ha.errors import ConfigError
 
 KNOWN_VERSIONS = ((1, 41), (1, 42))  # 1.41 <= flwr < 1.43, as pyproject.toml declares
 
-# Alembic revision of Flower's database -> fingerprint of the tables that we read and write.
-KNOWN_SCHEMAS = {"d90a2f91f23c": "sha256:d90fd4a935a530170b3876a3e9213cf6134b2f0d5368d618b38aae19053322b6"}
+# Alembic revision of Flower's database -> fingerprint of the tables that we read and write. Control planes go from one
+# revision to another where the fingerprints are equal: add a revision only after a look at the values in the columns.
+KNOWN_SCHEMAS = {
+    "d90a2f91f23c": "sha256:d90fd4a935a530170b3876a3e9213cf6134b2f0d5368d618b38aae19053322b6",  # flwr 1.41.0
+    "d9bd9d502cf9": "sha256:d90fd4a935a530170b3876a3e9213cf6134b2f0d5368d618b38aae19053322b6",  # flwr 1.42.0
+}
 
 # In the order in which rows are written: a task comes last, after the run and the app that it needs.
 CONTROL_TABLES = (
@@ -55,7 +59,7 @@ def check_flower() -> None:
     if revision not in KNOWN_SCHEMAS:
         raise ConfigError(
             f"flwr {version} has the database schema {revision}, but flwr-ha knows {', '.join(KNOWN_SCHEMAS)} only; "
-            "install a newer flwr-ha or flwr 1.41.0."
+            "install a newer flwr-ha or flwr 1.42.0."
         )
 
 

@@ -30,8 +30,6 @@ with warnings.catch_warnings():  # raised by the libraries that Flower imports
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Flower's own migrations
 
-NOW_S = time.time()
-
 
 class Site:
     """One SuperLink's database with Flower's own state object on it, and a blob store."""
@@ -51,8 +49,9 @@ class Site:
     def export(self, **options: Any) -> linkstate.ControlPlane:
         return linkstate.export(self.database, self.put, **options)
 
-    def restore(self, plane: linkstate.ControlPlane) -> None:
-        linkstate.restore(self.database, plane.snapshot, self.blobs.__getitem__, now_s=NOW_S)
+    def restore(self, plane: linkstate.ControlPlane, *, now_s: float | None = None) -> None:
+        now_s = time.time() if now_s is None else now_s
+        linkstate.restore(self.database, plane.snapshot, self.blobs.__getitem__, now_s=now_s)
 
     def rows(self, query: str) -> list[Any]:
         with closing(sqlite3.connect(self.database)) as connection:
@@ -114,11 +113,22 @@ def test_unknown_schema_is_refused_both_ways(sites: tuple[Site, Site]) -> None:
 def test_snapshot_of_another_schema_is_refused(sites: tuple[Site, Site]) -> None:
     """Replicas with different versions of Flower do not take each other's control plane."""
     value = json.loads(sites[0].export().snapshot)
-    value["schema"]["revision"] = "0123456789ab"
+    value["schema"] = {"revision": "0123456789ab", "columns": "sha256:0"}
     foreign = linkstate.ControlPlane(snapshot=json.dumps(value).encode(), blobs=())
 
     with pytest.raises(ConfigError, match="same versions"):
         sites[1].restore(foreign)
+
+
+def test_snapshot_of_another_release_with_the_same_tables_is_taken(sites: tuple[Site, Site]) -> None:
+    """A new table or column that is not carried over does not keep a cluster from being upgraded."""
+    run_id = sites[0].add_run()
+    value = json.loads(sites[0].export().snapshot)
+    value["schema"]["revision"] = "0123456789ab"
+
+    sites[1].restore(linkstate.ControlPlane(snapshot=json.dumps(value).encode(), blobs=()))
+
+    assert [run.run_id for run in sites[1].state.get_run_info(run_ids=[run_id])] == [run_id]
 
 
 def test_flower_finds_the_nodes_and_runs_that_were_carried_over(sites: tuple[Site, Site]) -> None:
@@ -283,12 +293,12 @@ def test_ten_thousand_nodes_are_restored_quickly(sites: tuple[Site, Site]) -> No
     plane = old.export()
 
     started_s = time.monotonic()
-    new.restore(plane)
+    new.restore(plane, now_s=1e9)
     took_s = time.monotonic() - started_s
 
     assert took_s < 2.0
     assert linkstate.summary(new.database).nodes_total == 10_000
-    assert new.rows("SELECT DISTINCT online_until FROM node") == [(NOW_S + 60.0,)]
+    assert new.rows("SELECT DISTINCT online_until FROM node") == [(1e9 + 60.0,)]
 
 
 NOT_HELD = {
@@ -332,7 +342,11 @@ def test_takeover_is_told_in_the_log_of_unfinished_runs_only(sites: tuple[Site, 
     plane = old.export()
 
     linkstate.restore(
-        new.database, plane.snapshot, new.blobs.__getitem__, now_s=NOW_S, note=lambda run_id: f"run {run_id} goes on"
+        new.database,
+        plane.snapshot,
+        new.blobs.__getitem__,
+        now_s=time.time(),
+        note=lambda run_id: f"run {run_id} goes on",
     )
 
     assert new.state.get_task_log(new.task_of(going_on), None)[0] == f"INFO :      run {going_on} goes on\n"
