@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… chooses another)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[torch,metrics,s3,sasl,dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[torch,metrics,s3,sasl,simulation,dev]'
 	$(BIN)/python -m pip check
 	touch $@
 

@@ -1,8 +1,4 @@
-"""Outside of replicas: a plain SuperLink and checkpoints in a local folder.
-
-Flower's simulation runtime needs ray; the part that matters here is the same with a SuperLink:
-each process is a new run with a new run id and new node ids.
-"""
+"""Outside of replicas: a plain SuperLink or Flower's simulation runtime, and checkpoints in a local folder."""
 
 from __future__ import annotations
 
@@ -36,6 +32,8 @@ ROUNDS = 4
 class World:
     """A plain SuperLink and two SuperNodes, none of which knows an earlier world."""
 
+    run_options: tuple[str, ...] = ()
+
     def __init__(self, folder: Path, checkpoints: Path) -> None:
         self.folder = folder
         self.checkpoints = checkpoints
@@ -56,13 +54,19 @@ class World:
         (self.folder / "home").mkdir(parents=True)
         lines = ["[superlink]", 'default = "here"', "[superlink.here]", f'address = "127.0.0.1:{self.port}"']
         (self.folder / "home" / "config.toml").write_text("\n".join([*lines, "insecure = true", ""]), encoding="utf-8")
+        self._start_servers()
+        self.flwr("list")  # retries until the SuperLink answers
+
+    def _start_superlink(self, *arguments: str) -> None:
         database = str(self.folder / "state.db")
-        self._run("superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database", database)
+        self._run("superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database", database, *arguments)
+
+    def _start_servers(self) -> None:
+        self._start_superlink()
         for index, port in enumerate(self.node_ports):
             node_config = f'partition-id={index} calls="{self.calls}"'
             address = f"127.0.0.1:{self.port}"
             self._run("supernode", "--superlink", address, "--port", str(port), "--node-config", node_config)
-        self.flwr("list")  # retries until the SuperLink answers
 
     def _run(self, name: str, *arguments: str) -> None:
         log_file = self.folder / f"{name}-{len(self.programs)}.log"
@@ -90,7 +94,8 @@ class World:
         config = {"num-server-rounds": ROUNDS, "strategy": "fedadam", "step-s": step_s}
         config["checkpoint-dir"] = str(self.checkpoints)
         pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        return self.flwr("run", str(APP), "--run-config", pairs, *(["--stream"] if is_streamed else []))
+        options = [*self.run_options, *(["--stream"] if is_streamed else [])]
+        return self.flwr("run", str(APP), "--run-config", pairs, *options)
 
     def trained(self) -> list[str]:
         files = sorted(self.calls.glob("partition-*")) if self.calls.exists() else []
@@ -99,6 +104,16 @@ class World:
     def committed_round(self) -> int:
         heads = list(self.checkpoints.rglob("heads.json"))
         return json.loads(heads[0].read_text(encoding="utf-8"))["heads"][-1]["server_round"] if heads else -1
+
+
+class Simulation(World):
+    """Flower's simulation runtime with two virtual SuperNodes in ray; what ``flwr run . local`` starts by itself."""
+
+    run_options = ("--federation-config", "num-supernodes=2 init-args-num-cpus=2")
+
+    def _start_servers(self) -> None:
+        self.environment |= {"FLWR_HA_TEST_CALLS": str(self.calls), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._start_superlink("--simulation")
 
 
 @contextmanager
@@ -152,15 +167,16 @@ def never_stopped(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.
 
 
 @pytest.mark.timeout(900)
-def test_killed_and_run_again_goes_on_and_gives_the_same_model(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("world", [World, Simulation])
+def test_killed_and_run_again_goes_on_and_gives_the_same_model(tmp_path, monkeypatch, caplog, world):
     """Everything is killed in the middle; new processes with new ids finish, bit for bit the same."""
     checkpoints = tmp_path / "checkpoints"
-    with running(World(tmp_path / "one", checkpoints)) as one:
+    with running(world(tmp_path / "one", checkpoints)) as one:
         one.train(step_s=1.0, is_streamed=False)
         wait_until(lambda: one.committed_round() >= 1 or None, timeout_s=300, what="the first commit")
     done = one.committed_round()
     assert done < ROUNDS
-    with running(World(tmp_path / "two", checkpoints)) as two:
+    with running(world(tmp_path / "two", checkpoints)) as two:
         resumed = digest(two.train(step_s=0.0, is_streamed=True))
         assert two.trained() == [f"train {r}" for _ in range(2) for r in range(done + 1, ROUNDS + 1)]
     assert never_stopped(monkeypatch, tmp_path / "replay", caplog) == resumed
