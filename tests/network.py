@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,18 @@ class NetworkCluster:
         deploy = Path(__file__).parents[1] / "deploy"
         self.run("haproxy", "haproxy", ["haproxy", "-db", "-f", str(deploy / "haproxy.cfg")])
 
+    def wait_haproxy(self) -> None:
+        """Wait until HAProxy accepts connections; fail at once where it has ended."""
+
+        def accepts() -> bool:
+            haproxy = self.programs["haproxy"]
+            assert haproxy.is_alive, f"HAProxy has ended, see {haproxy.log_file}"
+            with suppress(OSError), socket.create_connection((address("haproxy"), 8000), timeout=1.0):
+                return True
+            return False
+
+        wait_until(accepts, timeout_s=30.0, what="HAProxy accepts connections")
+
     def start_replica(self, replica_id: int) -> None:
         """Start a replica on its host."""
         command = [sys.executable, "-m", "flwr_ha", "replica", "--id", str(replica_id), "--config", str(self.config)]
@@ -259,7 +272,9 @@ class NetworkCluster:
             timeout=120,
             check=True,
         )
-        return str(json.loads(done.stdout)["run-id"])
+        answer = json.loads(done.stdout)
+        assert answer.get("success"), f"flwr run says {answer} {done.stderr}"
+        return str(answer["run-id"])
 
     def committed_round(self, run_id: str, replica_ids: Sequence[int] = (0, 1, 2)) -> int:
         """Return the last committed round of a run; -1 where there is none."""

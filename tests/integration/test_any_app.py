@@ -80,15 +80,19 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         story.runs["early"] = cluster.submit(APPS / "message_fedadam", num_server_rounds=1, learning_rate=0.5)
         cluster.flwr("stop", story.runs["sleeper"], "ha")
         story.wait_end(("sleeper", "raising", "early"), 240.0)
-        for name in TRAINING:
+        hold = folder / "hold"
+        hold.touch()
+        story.runs["classic"] = cluster.submit(APPS / "classic", num_server_rounds=ROUNDS, min_nodes=2, hold=str(hold))
+        for name in WRAPPED:
             story.runs[name] = cluster.submit(APPS / name, num_server_rounds=ROUNDS, min_nodes=2)
+        story.before = story.states()
+        wait_until(lambda: "[ROUND 1]" in story.log("classic"), timeout_s=240.0, what="classic training", poll_s=0.5)
         for name, server_round in WRAPPED.items():
             story.wait_round(name, server_round)
-        wait_until(lambda: "[ROUND 1]" in story.log("classic"), timeout_s=240.0, what="classic training", poll_s=0.5)
-        story.before = story.states()
         leader = cluster.leader()
         assert leader is not None
         cluster.replicas[leader].kill_tree()
+        hold.unlink()  # until now the classic app could not get beyond its round 1
         cluster.wait_leader(timeout_s=90.0, other_than=leader)
         cluster.start_replica(leader)
         story.wait_end(TRAINING, 480.0)

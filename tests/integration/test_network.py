@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flwr_ha.local.processes import wait_until
+from flwr_ha.local.processes import Program, wait_until
 from tests.network import REPLICAS, Network, NetworkCluster, address
 
 pytestmark = [
@@ -36,7 +36,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkCluster
         with NetworkCluster(folder, network, session_timeout_s=SESSION_TIMEOUT_S) as cluster:
             cluster.start()
             cluster.wait_leader(timeout_s=180.0)
+            cluster.wait_haproxy()
             yield cluster
+
+
+@pytest.fixture
+def supernodes(cluster: NetworkCluster, request: pytest.FixtureRequest) -> Iterator[list[Program]]:
+    """Start a SuperNode on each client host, on the address that the test names; end them after it."""
+    nodes = [cluster.start_supernode(f"client-{index}", request.param, index) for index in (0, 1)]
+    yield nodes
+    for node in nodes:
+        node.kill_tree()
 
 
 def cut_leader(cluster: NetworkCluster) -> tuple[int, list[int], float]:
@@ -58,11 +68,11 @@ def heal(cluster: NetworkCluster, replica_id: int) -> None:
     )
 
 
+@pytest.mark.parametrize("supernodes", [f"{address('haproxy')}:8000"], indirect=True, ids=["haproxy"])
 def test_haproxy_leads_to_the_new_leader_in_seconds(
-    cluster: NetworkCluster, record_property: pytest.RecordProperty
+    cluster: NetworkCluster, supernodes: list[Program], record_property: pytest.RecordProperty
 ) -> None:
     """With HAProxy a silent leader costs the session timeout and less than five seconds more, and no round."""
-    nodes = [cluster.start_supernode(f"client-{index}", f"{address('haproxy')}:8000", index) for index in (0, 1)]
     run_id = cluster.submit(APP, num_server_rounds=4, min_nodes=2, step_s=1.0)
     wait_until(lambda: cluster.committed_round(run_id) >= 1, timeout_s=240.0, what="round 1 is committed", poll_s=0.2)
     old, others, cut_s = cut_leader(cluster)
@@ -80,18 +90,16 @@ def test_haproxy_leads_to_the_new_leader_in_seconds(
         lambda: cluster.committed_round(run_id, others) >= 4, timeout_s=240.0, what="the run goes on", poll_s=0.2
     )
     assert before >= 1
-    assert all(node.is_alive for node in nodes)
+    assert all(node.is_alive for node in supernodes)
     heal(cluster, old)
     assert cluster.leader([old]) is None, "the old leader is back and does not lead"
-    for node in nodes:
-        node.kill_tree()
 
 
+@pytest.mark.parametrize("supernodes", ["flower:8000"], indirect=True, ids=["name"])
 def test_a_name_with_three_addresses_leads_to_the_new_leader(
-    cluster: NetworkCluster, record_property: pytest.RecordProperty
+    cluster: NetworkCluster, supernodes: list[Program], record_property: pytest.RecordProperty
 ) -> None:
     """Without a load balancer SuperNodes find the new leader by themselves, after Flower's own time-outs."""
-    nodes = [cluster.start_supernode(f"client-{index}", "flower:8000", index) for index in (0, 1)]
     leader = cluster.wait_leader(timeout_s=60.0)
     cluster.wait_reached(leader, {"client-0", "client-1"}, timeout_s=120.0)
     old, others, cut_s = cut_leader(cluster)
@@ -100,5 +108,5 @@ def test_a_name_with_three_addresses_leads_to_the_new_leader(
     reached_s = time.monotonic() - cut_s
     record_property("name_s", round(reached_s, 1))
     print(json.dumps({"both SuperNodes through the name after s": round(reached_s, 1)}))
-    assert all(node.is_alive for node in nodes)
+    assert all(node.is_alive for node in supernodes)
     heal(cluster, old)
