@@ -46,7 +46,8 @@ def _commit(folder: Path, megabytes: int, times: int) -> list[Figure]:
             for array in model.values():
                 np.add(array, 1.0, out=array)
             start_s = time.perf_counter()
-            saved = save(Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model), store)
+            checkpoint = Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model)
+            saved = save(checkpoint, store, on_part=lambda digest: replicator.offer([digest]))
             replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
             seconds = time.perf_counter() - start_s
             _empty(folder)

@@ -28,6 +28,10 @@ class Storage(Protocol):
         """Put the blobs on `needed` others and return their ids; NoMajorityError where that fails."""
         ...
 
+    def offer(self, digests: Sequence[str]) -> None:
+        """Learn of blobs that `protect` will be called for soon; does not wait."""
+        ...
+
     def fetch(self, digests: Sequence[str], *, timeout_s: float) -> None:
         """Get missing or corrupt blobs back; CheckpointError where no good copy is to be had."""
         ...

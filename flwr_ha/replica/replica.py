@@ -6,6 +6,7 @@ import math
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,11 @@ class Replica:
             "head": None if head is None else head.to_json(),
             "previous": None if previous is None else previous.to_json(),
         }
+
+    def offer(self, digests: Sequence[str]) -> None:
+        """Begin to copy parts of a checkpoint that will be committed soon."""
+        self._office()
+        self._tools.storage.offer(digests)
 
     def commit(self, run_id: str, body: dict[str, Any]) -> Head:
         """Commit a round; while a switchover drains, the answer waits for the end of this leadership."""

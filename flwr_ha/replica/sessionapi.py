@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
@@ -23,6 +23,7 @@ from flwr_ha.model import Head, RunStatus
 from flwr_ha.replica.sessionbodies import (
     TooLargeError,
     checked_commit,
+    checked_digests,
     checked_note,
     checked_run_id,
     checked_status,
@@ -40,6 +41,10 @@ class ServerAppHost(Protocol):
 
     def open_session(self, run_id: str) -> dict[str, Any]:
         """Return term, replica, blob folder and committed head; FencedError where this replica does not lead."""
+        ...
+
+    def offer(self, digests: Sequence[str]) -> None:
+        """Begin to copy parts of a checkpoint that will be committed soon; FencedError as above."""
         ...
 
     def commit(self, run_id: str, body: dict[str, Any]) -> Head:
@@ -107,6 +112,10 @@ def session_routes(host: ServerAppHost) -> list[Route]:
     def open_session(request: Request, _: dict[str, Any]) -> Response:
         return JSONResponse(host.open_session(_run_id(request)))
 
+    def offer(request: Request, body: dict[str, Any]) -> Response:
+        host.offer(checked_digests(body, "digests"))
+        return Response(status_code=204)
+
     def commit(request: Request, body: dict[str, Any]) -> Response:
         return JSONResponse(host.commit(_run_id(request), checked_commit(body)).to_json())
 
@@ -130,6 +139,7 @@ def session_routes(host: ServerAppHost) -> list[Route]:
 
     table: dict[str, tuple[Act, str]] = {
         "/session/runs/{run_id}": (open_session, "GET"),
+        "/session/runs/{run_id}/offer": (offer, "POST"),
         "/session/runs/{run_id}/commit": (commit, "POST"),
         "/session/runs/{run_id}/status": (status, "POST"),
         "/session/runs/{run_id}/events": (note, "POST"),

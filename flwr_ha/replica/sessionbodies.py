@@ -57,19 +57,25 @@ def checked_run_id(text: str) -> str:
 
 def checked_commit(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a commit; ValueError or KeyError names the one that is wrong."""
-    parts = body["parts"]
-    if not isinstance(parts, list) or len(parts) > MAX_PARTS:
-        raise ValueError("parts is not a list of digests")
+    parts = checked_digests(body, "parts")
     metrics = body["metrics"]
     if not isinstance(metrics, dict) or not all(map(_is_metric, metrics.values())):
         raise ValueError("metrics is not a table of numbers")
     return {
         **{name: _count(body, name) for name in ("server_round", "num_rounds", "bytes")},
         **{name: _digest(name, body[name]) for name in ("digest", "model_digest")},
-        "parts": [_digest("parts", part) for part in parts],
+        "parts": parts,
         "app": _text(body, "app"),
         "metrics": metrics,
     }
+
+
+def checked_digests(body: Mapping[str, Any], name: str) -> list[str]:
+    """Return a list of digests; ValueError or KeyError where it is none."""
+    values = body[name]
+    if not isinstance(values, list) or len(values) > MAX_PARTS:
+        raise ValueError(f"{name} is not a list of digests")
+    return [_digest(name, value) for value in values]
 
 
 def checked_status(run_id: str, body: Mapping[str, Any]) -> RunStatus:

@@ -26,6 +26,7 @@ _RETRY_S = (0.1, 2.0)  # first and longest pause between two tries
 _COMMIT_TIMEOUT_S = 600.0  # a big checkpoint takes its time to reach the standbys
 _NOTE_TIMEOUT_S = 2.0  # status and events must not hold up the training
 _NOTE_INTERVAL_S = 0.3
+_OFFER_BYTES = 4 << 20  # copying smaller parts takes no longer than telling of them
 _LOG_INTERVAL_S = 30.0
 
 
@@ -121,7 +122,7 @@ class ReplicaSession:
         return CheckpointError(f"round {head.position.server_round} has no good copy: {reason}; {kept}")
 
     def commit(self, checkpoint: Checkpoint, metrics: Metrics) -> Head:
-        """Write the blobs next to the replica's own, then have them replicated and committed."""
+        """Write the blobs next to the replica's own, and have them replicated meanwhile and committed then."""
         pauses = _Pauses(self._sleep)
         while True:
             try:
@@ -134,7 +135,7 @@ class ReplicaSession:
         from flwr_ha.storage.checkpoint import save
 
         reach("session.before-save")
-        saved = self._persist(lambda: save(checkpoint, self._blobs()), checkpoint)
+        saved = self._persist(lambda: save(checkpoint, self._blobs(), on_part=self._offer), checkpoint)
         body = {
             "server_round": checkpoint.server_round,
             "num_rounds": checkpoint.num_rounds,
@@ -199,6 +200,11 @@ class ReplicaSession:
                 min_nodes=last.min_nodes,
             )
         )
+
+    def _offer(self, digest: str) -> None:
+        """Tell the replica of a big part, so that copies of it are on their way while the others are written."""
+        if self._blobs().size(digest) >= _OFFER_BYTES:
+            self._note("offer", {"digests": [digest]})
 
     def _note(self, what: str, body: dict[str, Any]) -> None:
         try:

@@ -16,7 +16,7 @@ from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.failpoints import reach
 from flwr_ha.storage import files
 from flwr_ha.storage.digests import PREFIX, BlobCorruptError, BlobMissingError, is_digest, validate_digest
-from flwr_ha.storage.files import CHUNK_BYTES, Buffer, disk_errors, locked
+from flwr_ha.storage.files import CHUNK_BYTES, WRITEBACK_BYTES, Buffer, disk_errors, locked
 from flwr_ha.storage.uploads import Upload, partial_bytes
 
 _UPLOADS_AT_ONCE = 32
@@ -252,10 +252,15 @@ class BlobStore:
     def _write(self, chunks: Iterable[Buffer], *, expected: str = "", is_hashed: bool = False) -> str:
         sha = hashlib.sha256()
         with disk_errors(self.root), files.temporary_file(self._temporary) as (descriptor, temporary):
+            written = begun = 0
             for chunk in chunks:
                 if not is_hashed:
                     sha.update(chunk)
                 files.write_all(descriptor, chunk)
+                written += len(chunk)
+                if written - begun >= WRITEBACK_BYTES:
+                    files.start_writeback(descriptor, begun, written - begun)
+                    begun = written
             digest = expected if is_hashed else PREFIX + sha.hexdigest()
             if expected and digest != expected:
                 raise CheckpointCorruptError(f"the bytes to be stored are {digest}, not {expected}")

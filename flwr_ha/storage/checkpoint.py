@@ -7,7 +7,7 @@ keeps its digest and is neither stored nor sent again. Importing this module doe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,7 +93,9 @@ class _Packed:
     data: memoryview | None
 
 
-def save(checkpoint: Checkpoint, store: BlobStore) -> SavedCheckpoint:
+def save(
+    checkpoint: Checkpoint, store: BlobStore, *, on_part: Callable[[str], None] = lambda _: None
+) -> SavedCheckpoint:
     """Store a checkpoint; equal checkpoints give equal digests.
 
     Parameters
@@ -102,6 +104,8 @@ def save(checkpoint: Checkpoint, store: BlobStore) -> SavedCheckpoint:
         What to store; its arrays must not change meanwhile.
     store : BlobStore
         Where to.
+    on_part : callable
+        Gets the digest of each part as soon as it is stored, from several threads.
 
     Raises
     ------
@@ -113,7 +117,7 @@ def save(checkpoint: Checkpoint, store: BlobStore) -> SavedCheckpoint:
 
     named = [(f"{group}/{name}", array) for group in GROUPS for name, array in getattr(checkpoint, group).items()]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint-save") as pool:
-        packed = list(pool.map(lambda item: _pack(item[0], item[1], store), named))
+        packed = list(pool.map(lambda item: _pack(item[0], item[1], store, on_part), named))
     inline = [item for item in packed if item.data is not None]
     entries = layout([_place(item, SAFETENSORS) for item in inline])
     manifest = Manifest(
@@ -140,7 +144,7 @@ def save(checkpoint: Checkpoint, store: BlobStore) -> SavedCheckpoint:
     )
 
 
-def _pack(key: str, array: Array, store: BlobStore) -> _Packed:
+def _pack(key: str, array: Array, store: BlobStore, on_part: Callable[[str], None]) -> _Packed:
     from flwr_ha.storage.arrays import describe, digest_of, raw_bytes
 
     try:
@@ -154,6 +158,7 @@ def _pack(key: str, array: Array, store: BlobStore) -> _Packed:
     if is_part:
         pieces = (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
         store.put_known(digest, pieces, is_hashed=True)
+        on_part(digest)
     return _Packed(
         key=key,
         info=ArrayInfo(dtype=dtype, shape=array.shape, digest=digest if is_part else ""),

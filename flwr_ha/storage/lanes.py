@@ -13,6 +13,8 @@ from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.peer import Peer, PeerClient
 
+_RECENT_S = 30.0  # much less than the age at which blobs that nothing names are collected
+_OFFERS = 4096
 _logger = logging.getLogger(__name__)
 OnPush = Callable[[int, int, float], None]
 
@@ -33,6 +35,8 @@ class Job:
         The own copy was found to be no good.
     give_up_at_s : float or None
         Monotonic time after which nobody wants it any more; None while `protect` waits.
+    part_of : Job or None
+        A later job that needs the same: this one is wanted for as long as that one is.
     """
 
     digests: tuple[str, ...]
@@ -40,18 +44,26 @@ class Job:
     failed: dict[int, str] = field(default_factory=dict)
     fault: CheckpointCorruptError | None = None
     give_up_at_s: float | None = None
+    part_of: Job | None = None
 
     @property
     def is_stale(self) -> bool:
         """Whether nobody wants it any more."""
+        if self.part_of is not None:
+            return self.part_of.is_stale
         return self.give_up_at_s is not None and time.monotonic() > self.give_up_at_s
+
+    def is_within(self, other: Job) -> bool:
+        """Whether the other job needs all of this one."""
+        return set(self.digests) <= set(other.digests)
 
 
 class Lane:
     """Push jobs to one peer, one after the other, in a thread of its own.
 
-    Jobs that a caller waits for come first, in order. One job that nobody waits for any more may
-    wait behind them, the newest: a slow peer gets some checkpoints whole instead of all of them late.
+    Jobs that a caller waits for come first, in order; then offers, single blobs of which a job will
+    come. One job that nobody waits for any more may wait behind them, the newest: a slow peer gets some
+    checkpoints whole instead of all of them late.
 
     Parameters
     ----------
@@ -85,6 +97,7 @@ class Lane:
         self._changed = changed
         self._on_push = on_push
         self._wanted: deque[Job] = deque()
+        self._offers: deque[Job] = deque(maxlen=_OFFERS)
         self._leftover: Job | None = None
         self._running: Job | None = None
         self._client = connect(peer)
@@ -96,6 +109,15 @@ class Lane:
     def add(self, job: Job) -> None:
         """Queue a job that a caller waits for; the condition is held."""
         self._wanted.append(job)
+        self._offers = deque((offer for offer in self._offers if not offer.is_within(job)), maxlen=_OFFERS)
+        running = self._running
+        if running is not None and running.give_up_at_s is not None and running.is_within(job):
+            running.part_of = job
+        self._changed.notify_all()
+
+    def offer(self, job: Job) -> None:
+        """Queue what a job will need that comes soon; the condition is held."""
+        self._offers.append(job)
         self._changed.notify_all()
 
     def leave(self, job: Job) -> None:
@@ -107,7 +129,7 @@ class Lane:
     def make_way(self, job: Job) -> None:
         """End a push that nobody waits for, because this job cannot do without the peer; the condition is held."""
         running = self._running
-        if running is not None and running.digests != job.digests and running.give_up_at_s is not None:
+        if running is not None and running.give_up_at_s is not None and not running.is_within(job):
             running.give_up_at_s = 0.0
             self._client.abort()
 
@@ -128,6 +150,7 @@ class Lane:
                 self._running = None
                 if reason:
                     job.failed[self.peer.id] = reason
+                    self._offers.clear()  # a peer that is not there is not asked for each of them
                 else:
                     job.held.add(self.peer.id)
                 self._changed.notify_all()
@@ -136,11 +159,11 @@ class Lane:
 
     def _wait_for_job(self) -> Job | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._wanted or self._leftover)
+            self._changed.wait_for(lambda: self._is_closed or self._wanted or self._offers or self._leftover)
             if self._is_closed:
                 return None
-            if self._wanted:
-                self._running = self._wanted.popleft()
+            if self._wanted or self._offers:
+                self._running = (self._wanted or self._offers).popleft()
             else:
                 self._running, self._leftover = self._leftover, None
             if self._client.is_aborted:
@@ -149,19 +172,30 @@ class Lane:
             return self._running
 
     def _push(self, job: Job) -> str:
-        """Push what the peer lacks; return why it failed, or nothing."""
+        """Push what the peer lacks; return why it failed, or nothing.
+
+        While the last blobs are on their way the peer might collect the first ones, which nothing names yet:
+        after a long push it is asked once more, which keeps them young.
+        """
         try:
-            for digest in job.digests:
-                start_s, before = time.monotonic(), self._client.sent_bytes
-                self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale)
-                if sent_bytes := self._client.sent_bytes - before:
-                    self._on_push(self.peer.id, sent_bytes, time.monotonic() - start_s)
+            is_recent = False
+            while not is_recent:
+                pass_s = time.monotonic()
+                for digest in job.digests:
+                    self._push_blob(job, digest)
+                is_recent = time.monotonic() - pass_s < _RECENT_S
         except CheckpointCorruptError as error:
             job.fault = error
             return str(error)
         except CheckpointError as error:
             return str(error)
         return ""
+
+    def _push_blob(self, job: Job, digest: str) -> None:
+        start_s, before = time.monotonic(), self._client.sent_bytes
+        self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale)
+        if sent_bytes := self._client.sent_bytes - before:
+            self._on_push(self.peer.id, sent_bytes, time.monotonic() - start_s)
 
     def _report(self, reason: str) -> None:
         if reason and not self._is_failing and not self._is_closed:

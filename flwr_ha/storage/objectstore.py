@@ -96,6 +96,9 @@ class ObjectStorage:
         self._each(self._put, digests, timeout_s)
         return ()
 
+    def offer(self, digests: Sequence[str]) -> None:
+        """Do nothing: `protect` stores several at once, and what is never committed costs nothing."""
+
     def fetch(self, digests: Sequence[str], *, timeout_s: float) -> None:
         """Put good copies of the blobs into the own store.
 

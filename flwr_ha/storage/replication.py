@@ -129,6 +129,20 @@ class Replicator:
                 raise job.fault or self._too_few(job, lanes, needed, timeout_s)
             return tuple(sorted(job.held))
 
+    def offer(self, digests: Sequence[str]) -> None:
+        """Begin to push blobs for which `protect` will be called soon; does not wait.
+
+        Parameters
+        ----------
+        digests : Sequence of str
+            Blobs in the own store. What no `protect` asks for within `grace_s` is given up.
+        """
+        give_up_at_s = time.monotonic() + self._grace_s
+        with self._changed:
+            for lane in self._lanes_now("large"):
+                for digest in digests:
+                    lane.offer(Job((digest,), give_up_at_s=give_up_at_s))
+
     def fetch(self, digests: Sequence[str], *, timeout_s: float) -> None:
         """Put good copies of the blobs into the own store, from any peer that has them.
 

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
-from flwr_ha.storage.files import Buffer, disk_errors, is_disk_full, open_locked, write_all
+from flwr_ha.storage.files import (
+    WRITEBACK_BYTES,
+    Buffer,
+    disk_errors,
+    is_disk_full,
+    open_locked,
+    start_writeback,
+    write_all,
+)
 
 _Stamp = tuple[int, int, int, int]  # inode, size, mtime and ctime in ns
 _NOTHING = (-1, 0, 0, 0)
@@ -65,6 +73,7 @@ class Upload:
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
         self._seen = _NOTHING
+        self._begun = 0
 
     @property
     def offset(self) -> int:
@@ -106,6 +115,11 @@ class Upload:
             if is_disk_full(error):
                 self._partial.unlink(missing_ok=True)
             raise
+        end = offset + len(chunk)
+        self._begun = min(self._begun, offset)  # less than before where the upload has begun anew
+        if end - self._begun >= WRITEBACK_BYTES:
+            start_writeback(descriptor, self._begun, end - self._begun)
+            self._begun = end
         if self._hashed_bytes == offset:
             self._hash.update(chunk)
             self._hashed_bytes += len(chunk)

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +107,10 @@ class Host:
             "head": None if head is None else head.to_json(),
             "previous": None,
         }
+
+    def offer(self, digests: Sequence[str]) -> None:
+        """Begin to copy."""
+        self._tools.storage.offer(digests)
 
     def commit(self, run_id: str, body: dict[str, Any]) -> Head:
         """Commit."""

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, NoMajorityError
-from flwr_ha.storage import uploads
+from flwr_ha.storage import lanes, uploads
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.digests import BlobMissingError
@@ -525,6 +526,73 @@ def test_too_few_copies_are_no_majority_and_the_peers_are_named(servers, own, st
     alone = stack.enter_context(Replicator(own, [], secret=SECRET))
     with pytest.raises(NoMajorityError, match="there are 0 other replicas"):
         alone.protect([own.put(b"data")], needed=1, timeout_s=3600)
+
+
+def test_offered_blob_is_sent_once(servers, own, replicate, eventually):
+    """The commit finds what was offered before it."""
+    sent = []
+    replicator = replicate(*servers)
+    replicator.on_push = lambda peer, sent_bytes, seconds: sent.append((peer, sent_bytes))
+    offered, other = own.put(os.urandom(2_000_000)), own.put(os.urandom(1_500_000))
+    replicator.offer([offered])
+    eventually(lambda: len(sent) == 2)
+    assert replicator.protect([offered, other], needed=2, timeout_s=LIMIT_S) == (1, 2)
+    assert sorted(sent) == [(1, 1_500_000), (1, 2_000_000), (2, 1_500_000), (2, 2_000_000)]
+
+
+def test_commit_takes_over_the_push_of_its_own_part(servers, own, replicate, stack):
+    """An offer that is under way neither makes way for the commit that needs it nor ends after the grace."""
+    sent = []
+    proxy = stack.enter_context(Proxy(servers[0], [Fault("hold", 100_000)]))
+    replicator = replicate(proxy, timeout_s=LIMIT_S, grace_s=0.2)
+    replicator.on_push = lambda peer, sent_bytes, seconds: sent.append(sent_bytes)
+    offered = own.put(os.urandom(30_000_000))
+    replicator.offer([offered])
+    assert proxy.is_holding.wait(LIMIT_S)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(replicator.protect, [offered], needed=1, timeout_s=LIMIT_S)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)  # longer than the grace
+        proxy.is_released.set()
+        assert waiting.result(LIMIT_S) == (1,)
+    assert sent == [30_000_000]
+    assert servers[0].methods() == ["HEAD", "PATCH", "PATCH", "HEAD"]  # 16 MiB in one request at most
+
+
+def test_offer_makes_way_for_the_commit_of_another_run(servers, own, replicate, stack):
+    """What nobody waits for yet does not hold up a commit that cannot do without the peer."""
+    proxy = stack.enter_context(Proxy(servers[0], [Fault("hold", 100_000)]))
+    replicator = replicate(proxy, timeout_s=LIMIT_S)
+    offered, wanted = own.put(os.urandom(50_000_000)), own.put(os.urandom(2_000_000))
+    replicator.offer([offered])
+    assert proxy.is_holding.wait(LIMIT_S)
+    assert replicator.protect([wanted], needed=1, timeout_s=LIMIT_S) == (1,)
+    assert servers[0].store.digests() == (wanted,)
+
+
+def test_blob_that_is_collected_during_a_long_push_is_sent_again(servers, own, replicate, stack, monkeypatch):
+    """The first blob gets old on the peer while the last one is on its way: it is there at the commit all the same."""
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(lanes, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    proxy = stack.enter_context(Proxy(servers[0], [Fault("hold", 3_000_000)]))
+    first, second = own.put(os.urandom(2_000_000)), own.put(os.urandom(4_000_000))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(replicate(proxy, timeout_s=LIMIT_S).protect, [first, second], needed=1, timeout_s=LIMIT_S)
+        assert proxy.is_holding.wait(LIMIT_S)
+        servers[0].store.delete(first)
+        now_s[0] += 200.0
+        proxy.is_released.set()
+        assert waiting.result(LIMIT_S) == (1,)
+    assert servers[0].store.digests() == tuple(sorted((first, second)))
+
+
+def test_asking_for_a_blob_keeps_it_from_being_collected(servers, own, replicate, eventually):
+    """Whoever has asked for a blob may commit a name for it, so its age starts again."""
+    store, digest = servers[0].store, servers[0].store.put(own.read(own.put(b"data" * 500_000)))
+    before_ns = store.path(digest).stat().st_ctime_ns
+    eventually(lambda: time.time_ns() > before_ns + 20_000_000)  # the clock of the file system has moved on
+    assert replicate(servers[0]).protect([digest], needed=1, timeout_s=LIMIT_S) == (1,)
+    assert store.path(digest).stat().st_ctime_ns > before_ns
 
 
 def test_time_limit_holds(servers, own, replicate, stack):

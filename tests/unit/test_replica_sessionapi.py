@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -64,6 +65,9 @@ class FakeHost:
         self._note("open", run_id)
         return {"term": 2}
 
+    def offer(self, digests: Sequence[str]) -> None:
+        self._note("offer", *digests)
+
     def commit(self, run_id: str, body: dict[str, Any]) -> Head:
         self._note("commit", run_id, body["server_round"])
         return HEAD
@@ -123,6 +127,7 @@ def test_serverapp_opens_reports_notes_and_commits(host: FakeHost) -> None:
     [
         ("GET", "/session/runs/17"),
         ("POST", "/session/runs/17/commit"),
+        ("POST", "/session/runs/17/offer"),
         ("POST", "/session/runs/17/status"),
         ("POST", "/session/runs/17/events"),
         ("POST", f"/session/blobs/{DIGEST}/repair"),
@@ -173,6 +178,14 @@ def test_malformed_commit_is_refused(host: FakeHost, body: bytes) -> None:
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("the request is malformed: ")
     assert host.calls == []
+
+
+def test_parts_are_offered(host: FakeHost) -> None:
+    """Digests go to the replica; anything else is refused."""
+    assert host.call("POST", "/session/runs/17/offer", json={"digests": [DIGEST]}).status_code == 204
+    for body in ({}, {"digests": DIGEST}, {"digests": ["../../etc/passwd"]}):
+        assert host.call("POST", "/session/runs/17/offer", json=body).status_code == 400
+    assert host.calls == [("offer", DIGEST)]
 
 
 def test_malformed_status_is_refused(host: FakeHost) -> None:

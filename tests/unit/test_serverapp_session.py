@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -207,14 +208,28 @@ def test_a_full_disk_is_waited_for(agent, session, monkeypatch):
     failures = [CheckpointError("no space left"), CheckpointError("no space left")]
     from flwr_ha.storage import checkpoint as module
 
-    def flaky(*args):
+    def flaky(*args, **options):
         if failures:
             raise failures.pop()
-        return save(*args)
+        return save(*args, **options)
 
     monkeypatch.setattr(module, "save", flaky)
     assert session.commit(checkpoint(1), {}).position.server_round == 1
     assert agent.bodies("/status")[0]["reason"] == "the checkpoint of round 1 cannot be written: no space left"
+
+
+def test_big_parts_are_offered_before_the_commit(agent, session):
+    """Copies of a big part begin while others are written; small parts are not worth a request each."""
+    big = replace(checkpoint(1), arrays={"big": np.zeros(1 << 20), "small": np.zeros(100_000)})
+
+    session.commit(big, {})
+
+    paths = [path for path, _ in agent.calls]
+    (offer,) = agent.bodies("/offer")
+    (commit,) = agent.bodies("/commit")
+    assert paths.index(f"/session/runs/{RUN}/offer") < paths.index(f"/session/runs/{RUN}/commit")
+    assert [agent.store.size(digest) for digest in offer["digests"]] == [8 << 20]
+    assert set(offer["digests"]) < set(commit["parts"])
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete"])
