@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -16,6 +16,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 Spoiler = Callable[[RecordDict], RecordDict | Error | None]
 """Turns a good answer into what arrives: another content, an error, or None for nothing at all."""
+
+
+Work = Callable[[int, RecordDict], RecordDict]
+"""What a node does: takes its partition and the content of a message, returns the content of its reply."""
 
 
 class ServerDiedError(BaseException):
@@ -82,6 +86,17 @@ class FakeNode:
 class FakeGrid(Grid):
     """Deliver messages to nodes in memory, and their replies back.
 
+    Parameters
+    ----------
+    clock : FakeClock
+        Decides when a reply is there.
+    nodes : dict of int to FakeNode
+        Those that are online, by node id.
+    run_id : int
+        Of the run.
+    work : mapping, optional
+        What a node does with a message of type ``train`` and ``evaluate``.
+
     Attributes
     ----------
     nodes : dict of int to FakeNode
@@ -94,12 +109,15 @@ class FakeGrid(Grid):
         Replies that are still delivered before the server dies with `ServerDiedError`.
     """
 
-    def __init__(self, clock: FakeClock, nodes: dict[int, FakeNode], *, run_id: int = 7) -> None:
+    def __init__(
+        self, clock: FakeClock, nodes: dict[int, FakeNode], *, run_id: int = 7, work: Mapping[str, Work] | None = None
+    ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 1, 1
         self.nodes = nodes
         self.calls: list[tuple[int, str, object]] = []
         self.groups: list[str] = []
         self.deaths: int | None = None
+        self._work: dict[str, Work] = {"train": train, "evaluate": evaluate, **(work or {})}
         self._clock = clock
         self._run = Run.create_empty(run_id)
         self._run.fab_id = "tests/app"
@@ -175,7 +193,7 @@ class FakeGrid(Grid):
             self.deaths -= 1
         kind = sent.metadata.message_type
         self.calls.append((node.partition, kind, sent.content.config_records["config"].get("server-round")))
-        good = (train if kind == "train" else evaluate)(node.partition, sent.content)
+        good = self._work[kind](node.partition, sent.content)
         spoiler = node.spoilers.pop(0) if node.spoilers else None
         answer = spoiler(good) if spoiler else good
         return [] if answer is None else [_reply(answer, sent)]
