@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 20
 WRITEBACK_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_libc = ctypes.CDLL(None)
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
 
 
 @contextmanager
@@ -62,10 +62,11 @@ def start_writeback(descriptor: int, start: int, count: int) -> None:
 
     Notes
     -----
-    sync_file_range(2) promises nothing about what is on the disk, and nothing is made of it: a file
-    system that does not know it does all the work in the fsync.
+    sync_file_range(2) promises nothing about what is on the disk, and nothing is made of it: a system
+    or a file system that does not know it does all the work in the fsync.
     """
-    _libc.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
 
 
 def open_locked(path: Path, *, is_new: bool) -> int | None:
