@@ -43,8 +43,10 @@ def summary(report: Report, *, seed: int) -> str:
     """Return what is printed at the end."""
     lines = [
         f"seed {seed}: {report.plans} plans, {report.faults.total()} faults, {report.takeovers} takeovers, "
-        f"{report.rounds} committed rounds, {report.trained} client trainings, {report.repeated} repeated",
+        f"{report.rounds} committed rounds, {report.trained} client trainings, {report.repeated.total()} repeated",
         *(f"  {count:4} x {name}" for name, count in sorted(report.faults.items())),
+        *(f"  {count:4} trainings repeated: {reason}" for reason, count in sorted(report.repeated.items())),
+        f"  longest from ZooKeeper's majority to the next round: {report.slowest_resume_s:.1f} s",
     ]
     if report.violations:
         lines += ["BROKEN:", *(f"  {sentence}" for sentence in report.violations)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,35 @@ from flwr_ha.replica.main import make_store
 
 Event = Mapping[str, Any]
 READ_TIMEOUT_S = 30.0
+
+
+Training = tuple[str, str, int]
+"""Run, partition and round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """Tell of one beginning of a training.
+
+    Attributes
+    ----------
+    node : str
+        Flower's id of the node; another one for each start of a SuperNode.
+    began_s, ended_s : float
+        Of this machine's ``time.monotonic()``; infinite where it did not end.
+    """
+
+    node: str
+    began_s: float
+    ended_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeKill:
+    """Tell that the SuperNode of a partition was killed, and when; by ``time.monotonic()``."""
+
+    partition: str
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +64,10 @@ class Evidence:
         Rounds that each run was to have by the end.
     unreadable : mapping of str to str
         Digests of committed checkpoints that nobody could read, and why.
-    trainings : mapping of (str, str, int) to int
-        How often the client of a run and partition trained a round.
-    allowed_repeats : int
-        Trainings that may be repeated, since a SuperNode was killed with what it had done.
+    trainings : mapping of Training to tuple of Attempt
+        When the client of a run and partition began to train a round, oldest first.
+    kills : tuple of NodeKill
+        SuperNodes that were killed, with what they had done.
     min_nodes : mapping of str to int
         Threshold of each run that has one.
     final_models : mapping of str to str
@@ -51,8 +81,8 @@ class Evidence:
     commits: Mapping[str, tuple[Head, ...]] = field(default_factory=dict)
     rounds: Mapping[str, int] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    trainings: Mapping[tuple[str, str, int], int] = field(default_factory=dict)
-    allowed_repeats: int = 0
+    trainings: Mapping[Training, tuple[Attempt, ...]] = field(default_factory=dict)
+    kills: tuple[NodeKill, ...] = ()
     min_nodes: Mapping[str, int] = field(default_factory=dict)
     final_models: Mapping[str, str] = field(default_factory=dict)
     expected_models: Mapping[str, str] = field(default_factory=dict)
@@ -87,13 +117,18 @@ def _events_in(folder: Path) -> Iterator[Event]:
                     continue  # cut short by a kill
 
 
-def trainings_in(folder: Path) -> dict[tuple[str, str, int], int]:
-    """Count what the clients of `tests/apps/numpy_app` noted: run and partition and round, and how often."""
-    counts: dict[tuple[str, str, int], int] = {}
+def trainings_in(folder: Path) -> dict[Training, tuple[Attempt, ...]]:
+    """Return what the clients of `tests/apps/numpy_app` noted of their trainings."""
+    found: dict[Training, tuple[Attempt, ...]] = {}
     for file in sorted(folder.glob("run-*/partition-*")):
         for line in file.read_text(encoding="utf-8").splitlines():
-            kind, server_round = line.split()
-            if kind == "train":
-                key = (file.parent.name.removeprefix("run-"), file.name, int(server_round))
-                counts[key] = counts.get(key, 0) + 1
-    return counts
+            kind, server_round, node, at_s = line.split()
+            key = (file.parent.name.removeprefix("run-"), file.name, int(server_round))
+            attempts = found.get(key, ())
+            if kind == "begin":
+                found[key] = (*attempts, Attempt(node=node, began_s=float(at_s)))
+            elif kind == "train":
+                last = max(index for index, attempt in enumerate(attempts) if attempt.node == node)
+                ended = replace(attempts[last], ended_s=float(at_s))
+                found[key] = (*attempts[:last], ended, *attempts[last + 1 :])
+    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,8 @@ from flwr_ha.local.cluster import LocalCluster
 from flwr_ha.storage.blobs import BlobStore
 
 BALLAST = "ballast"
+FREEZE, THAW = 0xC0045877, 0xC0045878  # FIFREEZE and FITHAW of linux/fs.h
+BREATH_S = 0.05  # between two stalls, so that some writes get through
 
 
 def store_of(cluster: LocalCluster, replica_id: int) -> BlobStore:
@@ -60,13 +64,64 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=10.0)
 
 
+@contextmanager
+def own_disk(folder: Path, size_bytes: int) -> Iterator[None]:
+    """Give a folder a file system of its own, on a file beside it; needs root and loop devices.
+
+    Unlike `small_disk` it can be slowed down, see `slow_disk`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    image = folder.with_name(f"{folder.name}.ext4")
+    with image.open("wb") as file:
+        file.truncate(size_bytes)
+    for command in (
+        ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image)],
+        ["mount", "-o", "loop", str(image), str(folder)],
+    ):
+        subprocess.run(command, check=True, timeout=30.0, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30.0)
+        image.unlink()
+
+
+@contextmanager
+def slow_disk(folder: Path, *, stall_s: float) -> Iterator[None]:
+    """Freeze the file system of a folder again and again: a write to it waits for up to `stall_s` seconds."""
+    is_over = threading.Event()
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def stall() -> None:
+        while not is_over.is_set():
+            fcntl.ioctl(descriptor, FREEZE, 0)
+            is_over.wait(stall_s)
+            fcntl.ioctl(descriptor, THAW, 0)
+            is_over.wait(BREATH_S)
+
+    staller = threading.Thread(target=stall, name="slow-disk")
+    staller.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        staller.join()
+        os.close(descriptor)
+
+
 def fill_disk(folder: Path, *, free_bytes: int = 0) -> None:
     """Leave no more than `free_bytes` free on the file system of a folder."""
     status = os.statvfs(folder)
-    size_bytes = status.f_bavail * status.f_frsize - free_bytes
-    with (folder / BALLAST).open("wb") as file, suppress(OSError):
-        while size_bytes > 0:
-            size_bytes -= file.write(bytes(min(size_bytes, 1 << 20)))
+    left = status.f_bavail * status.f_frsize - free_bytes
+    piece = 1 << 26
+    with (folder / BALLAST).open("wb") as file:
+        while left > 0 and piece >= status.f_frsize:
+            size = min(left, piece)
+            try:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size)
+                left -= size
+            except OSError:  # the file system needs some for itself
+                piece //= 2
 
 
 def empty_disk(folder: Path) -> None:

@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path as File
 from types import MappingProxyType
@@ -17,12 +17,26 @@ from flwr_ha.errors import HaError
 from flwr_ha.local.cluster import SERVERAPP, SUPERLINK, LocalCluster, Plan
 from flwr_ha.local.processes import Program, wait_until
 from tests.chaos import plans
-from tests.chaos.faults import empty_disk, fill_disk, flip_bit, store_of, truncate
+from tests.chaos.evidence import NodeKill
+from tests.chaos.faults import empty_disk, fill_disk, flip_bit, slow_disk, store_of, truncate
 from tests.chaos.links import Link, Links
-from tests.chaos.plans import Corrupt, Cut, FillDisk, Freeze, Kill, LoseReply, Part, Step
+from tests.chaos.plans import (
+    Corrupt,
+    Cut,
+    FillDisk,
+    FlipInTransfer,
+    Freeze,
+    Kill,
+    LoseMajority,
+    LoseReply,
+    Part,
+    SlowDisk,
+    Step,
+)
 
 logger = logging.getLogger(__name__)
 HEAL_TIMEOUT_S = 120.0
+RESUME_S = 10.0  # promised in docs/guarantees.md
 PARTS = {Part.SUPERLINK: SUPERLINK, Part.SERVERAPP: SERVERAPP}
 
 
@@ -104,13 +118,19 @@ class Injector:
         Started.
     rng : random.Random
         Chooses what a step leaves open.
+    progress : callable
+        Returns the newest committed round of the run that commits all the time.
     """
 
-    def __init__(self, cluster: LinkedCluster, rng: random.Random) -> None:
+    def __init__(self, cluster: LinkedCluster, rng: random.Random, progress: Callable[[], int]) -> None:
         self.counts: Counter[str] = Counter()
-        self.supernode_kills = 0
+        self.kills: list[NodeKill] = []
+        self.violations: list[str] = []
+        self.slowest_resume_s = 0.0
         self._cluster = cluster
         self._rng = rng
+        self._progress = progress
+        self._gone: set[int] = set()
 
     def carry_out(self, step: Step) -> None:
         """Let a fault come, last, and be healed; returns once all replicas run and one leads.
@@ -140,9 +160,17 @@ class Injector:
                     fill_disk(folder)
                     healing.callback(empty_disk, folder)
                     self._last(sessions)
+                case SlowDisk(sessions, stall_s):
+                    folder = self._cluster.settings.replica_dir(target)
+                    healing.enter_context(slow_disk(folder, stall_s=stall_s))
+                    self._last(sessions)
                 case LoseReply():
                     for link in self._cluster.to_zookeeper[target]:
                         link.lose_reply()
+                case FlipInTransfer(blobs):
+                    self._flip(target, blobs)
+                case LoseMajority(seconds, is_killed):
+                    self._lose_majority(seconds, is_killed)
         self.heal()
 
     def _target(self, step: Step) -> int:
@@ -165,8 +193,10 @@ class Injector:
                 assert cluster.ensemble is not None
                 cluster.ensemble.kill(self._rng.randrange(len(cluster.ensemble.client_ports)))
             case Part.SUPERNODE:
-                self.supernode_kills += 1
-                cluster.supernodes[self._rng.choice(sorted(cluster.supernodes))].kill_tree()
+                index = self._rng.choice(sorted(cluster.supernodes))
+                self._gone.add(index)
+                cluster.supernodes[index].kill_tree()
+                self.kills.append(NodeKill(partition=f"partition-{index}", at_s=time.monotonic()))
             case _:
                 pid = cluster.replicas[target].find(PARTS[part])
                 if pid is not None:
@@ -211,6 +241,48 @@ class Injector:
         except FileNotFoundError:
             return  # collected meanwhile
 
+    def _flip(self, target: int, blobs: int) -> None:
+        """Spoil what the leader sends to a standby, or to both of them, until that has happened."""
+        leader = self._cluster.wait_leader(timeout_s=HEAL_TIMEOUT_S)
+        pairs = [(own, other) for own, other in self._cluster.between if own == leader and target in (own, other)]
+        for link in (self._cluster.between[pair] for pair in pairs):
+            before = link.flipped_bits
+            link.flip_bits(blobs)
+            wait_until(
+                lambda link=link, before=before: link.flipped_bits > before,  # type: ignore[misc]
+                timeout_s=HEAL_TIMEOUT_S,
+                what="a blob on its way",
+            )
+
+    def _lose_majority(self, seconds: float, is_killed: bool) -> None:
+        """Check as well that nobody leads or commits meanwhile, and that it goes on soon afterwards."""
+        cluster = self._cluster
+        assert cluster.ensemble is not None
+        nodes = range(len(cluster.ensemble.client_ports))
+        gone = self._rng.sample(nodes, len(nodes) - 1)
+        end_s = time.monotonic() + seconds
+        for index in gone:
+            (cluster.ensemble.kill if is_killed else cluster.ensemble.freeze)(index)
+        self._last(1.5)  # until then the lease may hold, and an answer be on its way
+        stopped_at = self._progress()
+        while time.monotonic() < end_s:
+            if (leader := cluster.leader()) is not None:
+                self.violations.append(f"replica {leader} leads though ZooKeeper has no majority")
+            time.sleep(0.1)
+        if self._progress() != stopped_at:
+            self.violations.append(f"round {self._progress()} was committed though ZooKeeper has no majority")
+        for index in gone:
+            (cluster.ensemble.start_node if is_killed else cluster.ensemble.thaw)(index)
+        cluster.ensemble.wait_ready(HEAL_TIMEOUT_S)
+        back_s = time.monotonic()
+        wait_until(lambda: self._progress() > stopped_at, timeout_s=HEAL_TIMEOUT_S, what="the next round")
+        took_s = time.monotonic() - back_s
+        self.slowest_resume_s = max(self.slowest_resume_s, took_s)
+        if took_s > RESUME_S:
+            self.violations.append(
+                f"the next round came {took_s:.1f} s after ZooKeeper's majority, not within {RESUME_S:g} s"
+            )
+
     def heal(self) -> None:
         """Start what has ended, and wait until all replicas run and one leads; HaError where that does not come."""
         cluster = self._cluster
@@ -223,7 +295,10 @@ class Injector:
                 cluster.start_replica(replica_id)
         for index, program in list(cluster.supernodes.items()):
             if not program.is_alive:
+                if index not in self._gone:
+                    raise HaError(f"SuperNode {index} has ended by itself: {program.log_text()[-500:]}")
                 cluster.start_supernode(index)
+        self._gone.clear()
         wait_until(self._is_whole, timeout_s=HEAL_TIMEOUT_S, what="a whole cluster", poll_s=0.1)
 
     def _is_whole(self) -> bool:
@@ -249,8 +324,14 @@ def _name(step: Step) -> str:
             return "truncate a blob" if is_truncated else "flip a bit of a blob"
         case FillDisk():
             return "fill a disk"
+        case SlowDisk(_, stall_s):
+            return f"slow disk, up to {stall_s:g} s a write"
         case LoseReply():
             return "lose the answer of a transaction"
+        case FlipInTransfer(blobs):
+            return f"flip a bit of each of {blobs} blobs in transfer"
+        case LoseMajority(seconds, is_killed):
+            return f"{'kill' if is_killed else 'freeze'} ZooKeeper's majority for {seconds:g} s"
 
 
 @contextmanager

@@ -6,10 +6,13 @@ failing seed says what it broke.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
+from itertools import pairwise
 
-from tests.chaos.evidence import Evidence
+from tests.chaos.evidence import Attempt, Evidence, NodeKill, Training
 
 
 def broken(evidence: Evidence) -> tuple[str, ...]:
@@ -85,8 +88,8 @@ def _committed_is_readable(evidence: Evidence) -> Iterator[str]:
 
 def _threshold_kept(evidence: Evidence) -> Iterator[str]:
     trained: Counter[tuple[str, int]] = Counter()
-    for run_id, _, server_round in evidence.trainings:
-        trained[run_id, server_round] += 1
+    for (run_id, _, server_round), attempts in evidence.trainings.items():
+        trained[run_id, server_round] += any(math.isfinite(attempt.ended_s) for attempt in attempts)
     for run_id, least in evidence.min_nodes.items():
         for head in evidence.commits.get(run_id, ()):
             server_round = head.position.server_round
@@ -103,11 +106,37 @@ def _same_bits(evidence: Evidence) -> Iterator[str]:
 
 
 def _nothing_trained_twice(evidence: Evidence) -> Iterator[str]:
-    repeats = {key: count for key, count in evidence.trainings.items() if count > 1}
-    if sum(count - 1 for count in repeats.values()) <= evidence.allowed_repeats:
-        return
-    for (run_id, partition, server_round), count in repeats.items():
-        yield f"{partition} trained round {server_round} of run {run_id} {count} times"
+    for (run_id, partition, server_round), reason in repeats(evidence):
+        if reason is None:
+            attempts = evidence.trainings[run_id, partition, server_round]
+            yield f"{partition} trained round {server_round} of run {run_id} again for no good reason: {attempts}"
+
+
+class Reason(StrEnum):
+    """Say why a training had to be repeated."""
+
+    IN_THE_MIDDLE = "its SuperNode was killed in the middle of it"
+    BEFORE_COMMIT = "its SuperNode was killed after it, before the round was committed"
+
+
+def repeats(evidence: Evidence) -> Iterator[tuple[Training, Reason | None]]:
+    """Return each repeated training and why it was repeated; None where nothing excuses it.
+
+    The cache of a client lies under its node, and a SuperNode that is started again is another node for
+    Flower: what its predecessor had not delivered is lost. Nothing else is a reason, whatever becomes of the replicas.
+    """
+    for training, attempts in evidence.trainings.items():
+        for earlier, later in pairwise(attempts):
+            yield training, _reason(training[1], earlier, later, evidence.kills)
+
+
+def _reason(partition: str, earlier: Attempt, later: Attempt, kills: Iterable[NodeKill]) -> Reason | None:
+    between = [
+        kill.at_s for kill in kills if kill.partition == partition and earlier.began_s < kill.at_s < later.began_s
+    ]
+    if not between or earlier.node == later.node:
+        return None
+    return Reason.BEFORE_COMMIT if earlier.ended_s < min(between) else Reason.IN_THE_MIDDLE
 
 
 CHECKS: tuple[Callable[[Evidence], Iterator[str]], ...] = (

@@ -37,6 +37,32 @@ class Frames:
         return found
 
 
+class BlobBodies:
+    """Find the bytes of blobs in one direction of an HTTP connection between replicas.
+
+    Parameters
+    ----------
+    mark : bytes
+        What the header in front of a blob holds, and no other header.
+    """
+
+    def __init__(self, mark: bytes) -> None:
+        self._mark = mark
+        self._is_next = False
+
+    def find(self, data: bytes) -> int | None:
+        """Take what was read from the connection at once; return where in it a blob begins or goes on, if it does."""
+        position = 0
+        if self._mark in data:
+            end = data.find(b"\r\n\r\n", data.index(self._mark))
+            self._is_next = True
+            position = len(data) if end < 0 else end + 4
+        if not self._is_next or position >= len(data):
+            return None
+        self._is_next = False
+        return position
+
+
 class Link:
     """Pass one kind of connection on to a port of this machine; make it with `Links.add`.
 
@@ -51,11 +77,13 @@ class Link:
     def __init__(self, target: int, loop: asyncio.AbstractEventLoop) -> None:
         self.port = 0
         self.lost_replies = 0
+        self.flipped_bits = 0
         self._target = target
         self._loop = loop
         self._is_open = asyncio.Event()
         self._is_open.set()
         self._to_lose = 0
+        self._to_flip = 0
         self._server: asyncio.Server | None = None
 
     def cut(self) -> None:
@@ -69,6 +97,19 @@ class Link:
     def lose_reply(self) -> None:
         """Break the connection when the answer to the next ZooKeeper transaction comes: applied, but nobody is told."""
         self._to_lose += 1
+
+    def flip_bits(self, blobs: int) -> None:
+        """Change one bit in each of the next so many blobs, whichever way they go."""
+        self._to_flip += blobs
+
+    def _spoil(self, bodies: BlobBodies, data: bytes) -> bytes:
+        at = bodies.find(data)
+        if at is None or self._to_flip <= 0:
+            return data
+        self._to_flip -= 1
+        self.flipped_bits += 1
+        at = (at + len(data)) // 2
+        return data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
 
     async def open(self) -> None:
         """Listen."""
@@ -90,22 +131,24 @@ class Link:
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lost: set[int] = set()
         sent, answered = Frames(), Frames()
+        pushed, pulled = BlobBodies(b"PATCH /blobs/"), BlobBodies(b"application/octet-stream")
 
-        def note_request(data: bytes) -> bool:
+        def request(data: bytes) -> bytes:
             for xid, code in sent.feed(data):
                 if code == MULTI and self._to_lose > 0:
                     self._to_lose -= 1
                     lost.add(xid)
-            return True
+            return self._spoil(pushed, data)
 
-        def may_answer(data: bytes) -> bool:
-            return not any(xid in lost for xid, _ in answered.feed(data))
+        def answer(data: bytes) -> bytes:
+            is_lost = any(xid in lost for xid, _ in answered.feed(data))
+            return b"" if is_lost else self._spoil(pulled, data)
 
         with suppress(OSError, asyncio.CancelledError):
             there, onward = await asyncio.open_connection("127.0.0.1", self._target)
             pumps = [
-                asyncio.ensure_future(self._pump(reader, onward, note_request)),
-                asyncio.ensure_future(self._pump(there, writer, may_answer)),
+                asyncio.ensure_future(self._pump(reader, onward, request)),
+                asyncio.ensure_future(self._pump(there, writer, answer)),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -116,14 +159,15 @@ class Link:
         self.lost_replies += bool(lost)
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, may_pass: Callable[[bytes], bool]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, changed: Callable[[bytes], bytes]
     ) -> None:
         with suppress(OSError):
             while data := await reader.read(_CHUNK_BYTES):
                 await self._is_open.wait()
-                if not may_pass(data):
+                passed = changed(data)
+                if not passed:
                     return
-                writer.write(data)
+                writer.write(passed)
                 await writer.drain()
 
 

@@ -65,11 +65,34 @@ class FillDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowDisk:
+    """Let every write to a disk wait for up to `stall_s` seconds, for so many session timeouts."""
+
+    sessions: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoseReply:
     """ZooKeeper applies the replica's next transaction, but the answer is lost."""
 
 
-Fault = Kill | Freeze | Cut | Corrupt | FillDisk | LoseReply
+@dataclass(frozen=True, slots=True)
+class FlipInTransfer:
+    """Change a bit in each of the next blobs that the leader sends to the replica, or, as the leader, to both."""
+
+    blobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoseMajority:
+    """All but one ZooKeeper node are killed, or frozen, for so many seconds."""
+
+    seconds: float
+    is_killed: bool
+
+
+Fault = Kill | Freeze | Cut | Corrupt | FillDisk | SlowDisk | LoseReply | FlipInTransfer | LoseMajority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +150,13 @@ WITHOUT_SUPERNODES: tuple[Fault, ...] = (
     Corrupt(False),
     Corrupt(True),
     FillDisk(2.0),
+    SlowDisk(2.0, 0.2),
+    SlowDisk(2.0, 1.5),
     LoseReply(),
+    FlipInTransfer(1),
+    FlipInTransfer(4),  # more than one push tries
+    LoseMajority(20.0, True),
+    LoseMajority(20.0, False),
 )
 WITH_SUPERNODES: tuple[Fault, ...] = (
     *WITHOUT_SUPERNODES,

@@ -17,9 +17,9 @@ from flwr_ha.local.processes import wait_until
 from flwr_ha.storage.checkpoint import load, model_digest
 from tests.chaos.committer import Committer, model_after
 from tests.chaos.evidence import Evidence, events_of, reader, trainings_in
-from tests.chaos.faults import small_disk, store_of
+from tests.chaos.faults import own_disk, store_of
 from tests.chaos.injector import HEAL_TIMEOUT_S, Injector, LinkedCluster
-from tests.chaos.invariants import broken
+from tests.chaos.invariants import broken, repeats
 from tests.chaos.links import Links
 from tests.chaos.plans import FaultPlan
 from tests.chaos.reference import expected_model
@@ -31,8 +31,8 @@ MODEL_SIZE = 2_000
 DISK_BYTES = 600 * 1024**2
 ENDLESS = 1_000_000
 TRAINING_TIMEOUT_S = 240.0  # a SuperNode that was killed counts as online for a minute
-KEPT = 3
 STRATEGY = "fedadam"
+STEP_S = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +50,11 @@ class Report:
     rounds : int
         Committed rounds of all runs.
     trained : int
-        Rounds trained by real clients, counted per client.
-    repeated : int
-        How many of these were trained again.
+        Trainings that real clients have begun.
+    repeated : mapping of str to int
+        How many of these were done again, by reason.
+    slowest_resume_s : float
+        Longest time from ZooKeeper's majority to the next round, in seconds.
     violations : tuple of str
         What does not hold; empty where all is well.
     """
@@ -62,7 +64,8 @@ class Report:
     takeovers: int
     rounds: int
     trained: int
-    repeated: int
+    repeated: Counter[str]
+    slowest_resume_s: float
     violations: tuple[str, ...]
 
 
@@ -71,7 +74,7 @@ class Chaos:
 
     def __init__(self, cluster: LinkedCluster, committer: Committer, calls: Path, seed: int) -> None:
         self.cluster = cluster
-        self.injector = Injector(cluster, random.Random(seed))
+        self.injector = Injector(cluster, random.Random(seed), lambda: committer.round)
         self._committer = committer
         self._calls = calls
         self._run_id = ""
@@ -87,7 +90,12 @@ class Chaos:
         """Let the SuperNodes train, too."""
         nodes = self.cluster.plan.supernodes
         self._run_id = self.cluster.submit(
-            NUMPY_APP, num_server_rounds=ENDLESS, min_nodes=nodes, strategy=STRATEGY, fraction_evaluate=0.0
+            NUMPY_APP,
+            num_server_rounds=ENDLESS,
+            min_nodes=nodes,
+            strategy=STRATEGY,
+            fraction_evaluate=0.0,
+            step_s=STEP_S,
         )
 
     def carry_out(self, plan: FaultPlan) -> bool:
@@ -129,15 +137,16 @@ class Chaos:
         """Stop committing, judge the evidence, and return the verdict."""
         self._committer.stop()
         evidence = self._evidence()
-        trained = sum(evidence.trainings.values())
+        reasons = [str(reason) if reason else "for no good reason" for _, reason in repeats(evidence)]
         return Report(
             plans=self._plans,
             faults=self.injector.counts,
             takeovers=max(0, len(evidence.history) - 1),
             rounds=sum(map(len, evidence.commits.values())),
-            trained=trained,
-            repeated=trained - len(evidence.trainings),
-            violations=(*self._failures, *broken(evidence)),
+            trained=sum(map(len, evidence.trainings.values())),
+            repeated=Counter(reasons),
+            slowest_resume_s=self.injector.slowest_resume_s,
+            violations=(*self._failures, *self.injector.violations, *broken(evidence)),
         )
 
     def _evidence(self) -> Evidence:
@@ -150,7 +159,7 @@ class Chaos:
             history=history,
             commits=commits,
             trainings=trainings_in(self._calls),
-            allowed_repeats=self.injector.supernode_kills,
+            kills=tuple(self.injector.kills),
         )
         evidence = replace(evidence, unreadable=self._unreadable(evidence))
         last = {run_id: log[-1] for run_id, log in commits.items() if log}
@@ -194,7 +203,7 @@ def started(folder: Path, *, seed: int, supernodes: int, session_timeout_s: floa
     )
     with ExitStack() as stack:
         for replica_id in range(plan.replicas):
-            stack.enter_context(small_disk(folder / "data" / f"replica-{replica_id}", DISK_BYTES))
+            stack.enter_context(own_disk(folder / "data" / f"replica-{replica_id}", DISK_BYTES))
         links = stack.enter_context(Links())
         cluster = stack.enter_context(LinkedCluster(folder, plan, links))
         cluster.start()

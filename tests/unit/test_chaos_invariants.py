@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flwr_ha.model import Head, LeadershipChange, Position
-from tests.chaos.evidence import Evidence
-from tests.chaos.invariants import CHECKS, broken
-from tests.chaos.links import MULTI, Frames
+from tests.chaos.evidence import Attempt, Evidence, NodeKill, trainings_in
+from tests.chaos.invariants import CHECKS, Reason, broken, repeats
+from tests.chaos.links import MULTI, BlobBodies, Frames
 from tests.chaos.plans import WITH_SUPERNODES, WITHOUT_SUPERNODES, Kill, Part, draw
 
 RUN = "7"
@@ -33,6 +34,10 @@ def _change(term: int, leader: int) -> LeadershipChange:
     return LeadershipChange(term=term, leader=leader, at="", reason="")
 
 
+FIRST = Attempt(node="11", began_s=10.0, ended_s=12.0)
+HALF = Attempt(node="11", began_s=10.0)
+SAME = Attempt(node="11", began_s=20.0, ended_s=22.0)
+ANOTHER = Attempt(node="12", began_s=20.0, ended_s=22.0)
 GOOD = Evidence(
     events=(
         _event("elected", 0, 1),
@@ -46,13 +51,27 @@ GOOD = Evidence(
     history=(_change(1, 0), _change(2, 2)),
     commits={RUN: (_head(1, term=1), _head(2, term=2), _head(3, term=2))},
     rounds={RUN: 3},
-    trainings={(RUN, f"partition-{part}", each): 1 for part in (0, 1) for each in (1, 2, 3)},
+    trainings={(RUN, f"partition-{part}", each): (FIRST,) for part in (0, 1) for each in (1, 2, 3)},
     min_nodes={RUN: 2},
     final_models={RUN: "m3"},
     expected_models={RUN: "m3"},
 )
-TWICE = {**GOOD.trainings, (RUN, "partition-1", 2): 2}
-ALONE = {key: 1 for key in GOOD.trainings if key != (RUN, "partition-0", 2)}
+ALONE = {key: (FIRST,) for key in GOOD.trainings if key != (RUN, "partition-0", 2)}
+
+
+def _twice(*attempts: Attempt, kill_s: float | None = None, partition: str = "partition-1") -> Evidence:
+    kills = () if kill_s is None else (NodeKill(partition=partition, at_s=kill_s),)
+    return replace(GOOD, trainings={**GOOD.trainings, (RUN, "partition-1", 2): attempts}, kills=kills)
+
+
+UNEXCUSED = {
+    "no SuperNode was killed": _twice(FIRST, ANOTHER),
+    "the same SuperNode did it twice": _twice(FIRST, SAME, kill_s=15.0),
+    "another SuperNode was killed": _twice(FIRST, ANOTHER, kill_s=15.0, partition="partition-0"),
+    "it was killed before": _twice(FIRST, ANOTHER, kill_s=9.0),
+    "it was killed later": _twice(FIRST, ANOTHER, kill_s=21.0),
+    "one kill excuses one repeat": _twice(FIRST, ANOTHER, replace(SAME, began_s=30.0), kill_s=15.0),
+}
 BAD = {
     "term 2 has 2 leaders": replace(GOOD, events=(*GOOD.events, _event("leading", 1, 2))),
     "after 2": replace(GOOD, events=(*GOOD.events, _event("elected", 2, 1))),
@@ -65,16 +84,40 @@ BAD = {
     "3 committed rounds of 4": replace(GOOD, rounds={RUN: 4}),
     "cannot be read": replace(GOOD, unreadable={"d3": "it is gone"}),
     "counts 1 clients": replace(GOOD, trainings=ALONE),
+    "of run 7 counts 1 clients": replace(GOOD, trainings={**GOOD.trainings, (RUN, "partition-0", 3): (HALF,)}),
     "at the end, not m3": replace(GOOD, final_models={RUN: "m4"}),
-    "trained round 2 of run 7 2 times": replace(GOOD, trainings=TWICE),
+    "trained round 2 of run 7 again": UNEXCUSED["no SuperNode was killed"],
 }
 
 
 def test_a_good_run_breaks_nothing() -> None:
-    """A failover and a repeated training whose SuperNode was killed are no violation."""
+    """A failover is no violation."""
     assert broken(GOOD) == ()
-    assert broken(replace(GOOD, trainings=TWICE, allowed_repeats=1)) == ()
     assert broken(Evidence()) == ()
+
+
+@pytest.mark.parametrize(("attempt", "reason"), [(HALF, Reason.IN_THE_MIDDLE), (FIRST, Reason.BEFORE_COMMIT)])
+def test_a_killed_supernode_excuses_a_repeat(attempt: Attempt, reason: Reason) -> None:
+    """What it had in hand, or in its cache, is lost with it."""
+    evidence = _twice(attempt, ANOTHER, kill_s=15.0)
+
+    assert broken(evidence) == ()
+    assert list(repeats(evidence)) == [((RUN, "partition-1", 2), reason)]
+
+
+@pytest.mark.parametrize("case", UNEXCUSED)
+def test_nothing_else_excuses_a_repeat(case: str) -> None:
+    """A replica's crash least of all."""
+    assert any("for no good reason" in sentence for sentence in broken(UNEXCUSED[case]))
+
+
+def test_notes_of_clients_become_attempts(tmp_path: Path) -> None:
+    """A training that did not end is an attempt as well."""
+    folder = tmp_path / "run-7"
+    folder.mkdir()
+    (folder / "partition-1").write_text("begin 2 11 10.0\nevaluate 1 11 10.5\nbegin 2 12 20.0\ntrain 2 12 22.0\n")
+
+    assert trainings_in(tmp_path) == {(RUN, "partition-1", 2): (HALF, ANOTHER)}
 
 
 @pytest.mark.parametrize("words", BAD)
@@ -114,3 +157,15 @@ def test_zookeeper_messages_are_found_however_they_are_cut(size: int) -> None:
         found += frames.feed(stream[start : start + size])
 
     assert found == [(1, MULTI), (-2, 11), (2, 4)]
+
+
+def test_blobs_are_found_behind_their_headers() -> None:
+    """In the same piece as the header, or in the next one; nothing else on the connection is a blob."""
+    bodies = BlobBodies(b"PATCH /blobs/")
+    header = b"PATCH /blobs/sha256:00 HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    assert bodies.find(b"HEAD /blobs/sha256:00 HTTP/1.1\r\n\r\n") is None
+    assert bodies.find(header + b"blob") == len(header)
+    assert bodies.find(b"more of it") is None
+    assert bodies.find(header) is None
+    assert bodies.find(b"blob") == 0
