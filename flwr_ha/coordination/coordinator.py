@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from flwr_ha.coordination.ledger import Ledger
 from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Store
 from flwr_ha.coordination.values import (
+    IDENTITY,
     LEADER,
     PAUSED,
     SWITCHOVER,
@@ -62,6 +63,20 @@ class Coordinator(Ledger):
         self._instance = instance
         self._publish_lock = threading.Lock()
         self._record_version: int | None = None  # None: read it before the next write
+
+    def identity(self) -> str:
+        """Return a text that the coordinator has kept since it first knew this cluster, and that no other cluster has.
+
+        It tells clusters of one name apart, and a cluster from what it was before it lost its coordinator's data.
+        """
+        while True:
+            found = self._store.get(IDENTITY)
+            if found is not None:
+                return found.data.decode()
+            try:
+                self._store.transact([Create(IDENTITY, uuid.uuid4().hex.encode())])
+            except ConflictError:
+                continue  # another replica was faster
 
     def join(self, record: Record, *, wait_timeout_s: float) -> None:
         """Publish this replica, waiting until an earlier start of the same id is gone.

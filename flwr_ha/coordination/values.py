@@ -12,6 +12,7 @@ from flwr_ha.model import ControlHead, Head
 Record = Mapping[str, Any]
 """What a replica publishes about itself: a JSON object."""
 
+IDENTITY = "identity"
 TERM = "term"
 LEADER = "leader"
 REPLICAS = "replicas"

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from flwr_ha.coordination.coordinator import Coordinator, View
 from flwr_ha.errors import CheckpointError, HaError
-from flwr_ha.model import Head
+from flwr_ha.model import ControlHead, Head
 from flwr_ha.storage import checkpoint
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.committed import write_committed
+from flwr_ha.storage.committed import read_committed, write_committed
 from flwr_ha.superlink import linkstate
 
 log = logging.getLogger(__name__)
 COLLECT_EVERY_S = 30.0
 MIN_AGE_S = 120.0  # longer than any push between "the bytes are here" and "it is committed"
+FETCH_TIMEOUT_S = 30.0
 PATIENCE_S = 1.0  # the leader's push is under way: do not pull the same bytes beside it
 
 
@@ -98,11 +99,24 @@ class Holdings:
         if self._noted == view.heads:
             return
         try:
-            write_committed(self._store.root, {run_id: self._coordinator.commit_log(run_id) for run_id in view.heads})
+            logs = {run_id: self._coordinator.commit_log(run_id) for run_id in view.heads}
+            write_committed(self._store.root, {**self._orphans(view.heads), **logs})
         except HaError as error:
             log.warning("the commit log is not on this disk: %s", error)
             return
         self._noted = dict(view.heads)
+
+    def _orphans(self, known: Collection[str]) -> dict[str, Sequence[Head]]:
+        """Return the commit logs on this disk of runs that the coordinator does not know: it has lost its data.
+
+        What is here may be all that is left of them. Whoever does not want it any more deletes the file.
+        """
+        try:
+            logs = read_committed(self._store.root)
+        except CheckpointError as error:  # it is about to be written anew
+            log.warning("the commit log on this disk is not used: %s", error)
+            return {}
+        return {run_id: [Head.from_json(entry) for entry in log] for run_id, log in logs.items() if run_id not in known}
 
     def _is_here(self, digest: str, now_s: float, *, may_fetch: bool, is_control: bool = False) -> bool:
         if self.missing(digest, is_control=is_control):
@@ -110,7 +124,7 @@ class Holdings:
             if not may_fetch or now_s - since < PATIENCE_S:
                 return False
             try:
-                self.ensure(digest, is_control=is_control, timeout_s=30.0)
+                self.ensure(digest, is_control=is_control, timeout_s=FETCH_TIMEOUT_S)
             except HaError as error:
                 log.warning("copy of %s cannot be had yet: %s", digest, error)
                 return False
@@ -138,22 +152,44 @@ class Holdings:
     def collect(self, view: View) -> None:
         """Delete blobs that no kept checkpoint and no current control plane names."""
         try:
-            keep = set(self._kept(view))
-        except (CheckpointError, HaError) as error:
+            keep = set(self._kept(view.heads, view.control, is_here=self._store.has))
+            for log_entries in self._orphans(view.heads).values():
+                keep.update(self._with_parts(log_entries[-self._keep :], is_here=self._store.has))
+        except HaError as error:
             log.warning("nothing is collected this time: %s", error)
             return
         self._store.collect(keep, min_age_s=MIN_AGE_S)
 
-    def _kept(self, view: View) -> list[str]:
-        keep: list[str] = []
-        for run_id, head in view.heads.items():
+    def needed(self) -> frozenset[str]:
+        """Return what the cluster needs as of now, in full; from any thread.
+
+        Raises
+        ------
+        HaError
+            The coordinator does not answer, or a checkpoint cannot be read to see what it refers to.
+        """
+
+        def is_here(digest: str) -> bool:
+            self._storage.fetch([digest], timeout_s=FETCH_TIMEOUT_S)
+            return True
+
+        return self._kept(self._coordinator.heads(), self._coordinator.control_head(), is_here=is_here)
+
+    def _kept(
+        self, heads: Mapping[str, Head], control: ControlHead | None, *, is_here: Callable[[str], bool]
+    ) -> frozenset[str]:
+        """Return the newest checkpoints of each run and the control plane, and what those refer to that are here."""
+        keep: set[str] = set()
+        for run_id, head in heads.items():
             commits = self._coordinator.commit_log(run_id)[-self._keep :]
-            for digest in {head.position.digest, *(entry.position.digest for entry in commits)}:
-                keep.append(digest)
-                if self._store.has(digest):
-                    keep.extend(self._references(digest, is_control=False))
-        if view.control is not None:
-            keep.append(view.control.digest)
-            if self._store.has(view.control.digest):
-                keep.extend(self._references(view.control.digest, is_control=True))
-        return keep
+            keep |= self._with_parts((head, *commits), is_here=is_here)
+        if control is not None:
+            keep.add(control.digest)
+            if is_here(control.digest):
+                keep.update(self._references(control.digest, is_control=True))
+        return frozenset(keep)
+
+    def _with_parts(self, heads: Sequence[Head], *, is_here: Callable[[str], bool]) -> set[str]:
+        digests = {head.position.digest for head in heads}
+        parts = [self._references(digest, is_control=False) for digest in digests if is_here(digest)]
+        return digests.union(*parts)

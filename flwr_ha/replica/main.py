@@ -34,9 +34,11 @@ from flwr_ha.replica.messages import StopAsked
 from flwr_ha.replica.metrics import Meter, make_meter
 from flwr_ha.replica.replica import Replica
 from flwr_ha.replica.sessionapi import session_routes
+from flwr_ha.replica.sharedstore import SharedStoreCollector
 from flwr_ha.settings import Endpoint, SessionSettings, Settings, TlsSettings
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.blobserver import blob_routes
+from flwr_ha.storage.objectstore import ObjectStorage
 from flwr_ha.storage.replication import Peer, Replicator
 from flwr_ha.superlink import events, linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
@@ -84,7 +86,8 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         wake = threading.Event()
         store.start(wake.set, timeout_s=CONNECT_TIMEOUT_S)
         coordinator = Coordinator(store, replica_id=replica_id, instance=secrets.token_hex(8))
-        storage = stack.enter_context(_make_storage(settings, replica_id, blobs, secret, meter))
+        identity = "" if settings.storage == "replicas" else coordinator.identity()
+        storage = stack.enter_context(_make_storage(settings, replica_id, blobs, secret, meter, identity))
         tools = Tools(
             replica_id=replica_id,
             needed_copies=settings.majority - 1 if settings.storage == "replicas" else 0,
@@ -111,6 +114,16 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         session_server.start(Starlette(routes=session_routes(replica)))
         stack.enter_context(_signals(agent))
         stack.enter_context(replica)
+        if isinstance(storage, ObjectStorage):
+            collector = SharedStoreCollector(
+                storage,
+                tools.holdings,
+                identity=identity,
+                read_identity=coordinator.identity,
+                is_leader=replica.is_leader,
+                events=event_log,
+            )
+            stack.enter_context(collector)
         event_log.add("start", f"replica {replica_id} of cluster {settings.cluster} starts, API on {own.api}")
         agent.run()
 
@@ -152,12 +165,12 @@ def make_store(settings: Settings) -> Store:
 
 @contextlib.contextmanager
 def _make_storage(
-    settings: Settings, replica_id: int, blobs: BlobStore, secret: str, meter: Meter
+    settings: Settings, replica_id: int, blobs: BlobStore, secret: str, meter: Meter, identity: str
 ) -> Iterator[Storage]:
     if settings.storage != "replicas":
-        from flwr_ha.storage.objectstore import ObjectStorage
-
-        with ObjectStorage(settings.storage, blobs) as objects:
+        # Not even clusters of one name share a blob: each removes what it does not need itself.
+        url = f"{settings.storage.rstrip('/')}/{settings.cluster}/{identity}"
+        with ObjectStorage(url, blobs) as objects:
             yield objects
         return
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]

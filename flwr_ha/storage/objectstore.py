@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.digests import PREFIX, is_digest, validate_digest
-from flwr_ha.storage.files import CHUNK_BYTES
+from flwr_ha.storage.digests import validate_digest
+from flwr_ha.storage.objects import Bucket, Folder, Objects, open_file_system
 
 _AT_ONCE = 4
-_REFRESH_S = 3600.0
 _T = TypeVar("_T")
-
-
-class _Objects(Protocol):
-    """Hold the blobs; raises what it likes."""
-
-    def put(self, store: BlobStore, digest: str) -> None:
-        """Store a blob durably, as a whole or not at all."""
-        ...
-
-    def chunks(self, digest: str) -> Iterator[bytes]:
-        """Read a blob, unverified."""
-        ...
-
-    def collect(self, keep: Collection[str], min_age_s: float) -> tuple[str, ...]:
-        """Remove blobs that are old and not to be kept."""
-        ...
 
 
 class ObjectStorage:
@@ -57,11 +40,11 @@ class ObjectStorage:
     def __init__(self, url: str, store: BlobStore, *, options: Mapping[str, Any] | None = None) -> None:
         self._store = store
         self._url = url
-        self._objects: _Objects
+        self._objects: Objects
         if url.startswith("file://"):
-            self._objects = _Folder(BlobStore(Path(url.removeprefix("file://"))))
+            self._objects = Folder(BlobStore(Path(url.removeprefix("file://"))))
         else:
-            self._objects = _Bucket(*_open_file_system(url, options or {}))
+            self._objects = Bucket(*open_file_system(url, options or {}))
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="object-storage")
 
     def __enter__(self) -> Self:
@@ -118,13 +101,51 @@ class ObjectStorage:
         """
         self._each(self._get, [digest for digest in digests if not self._store.is_good(digest)], timeout_s)
 
-    def collect(self, keep: Collection[str], *, min_age_s: float) -> tuple[str, ...]:
-        """Remove what nobody names any more; parameters as in `BlobStore.collect`.
+    def collect(
+        self, needed: Callable[[], Collection[str]], *, may_remove: Callable[[], bool], timeout_s: float
+    ) -> tuple[str, ...]:
+        """Remove what nobody needs any more, and store again what is needed but not there.
 
-        Objects younger than two hours stay in any case: `protect` stores an object anew that is
-        older than one, so that an old leader that still collects cannot remove what a new one needs.
+        Parameters
+        ----------
+        needed : callable
+            Returns all digests that must stay, read after this call; raises `HaError` where it does not know
+            all of them.
+        may_remove : callable
+            Whether the caller may still act for the cluster; asked before each removal.
+        timeout_s : float
+            Longest time for storing again, in seconds.
+
+        Returns
+        -------
+        tuple of str
+            Digests of the removed blobs.
+
+        Notes
+        -----
+        Any number of replicas may call it by mistake, and each may be stopped at any point. A commit begins
+        with `protect`, which stores an object anew that is older than an hour; what is removed is older than
+        two. So an object that is old in the listing is in use only if it was committed before, and then
+        `needed`, which is read after the listing, has it; or if it was stored again since, and then it is not
+        old any more when it is looked at once more. A folder is locked between that look and the removal. A
+        bucket is not: a replica that is frozen between the two for so long that another one commits these
+        very bytes removes them afterwards, and the new leader's next call stores them again from its own disk.
         """
-        return self._explained("collect old blobs", lambda: self._objects.collect(keep, min_age_s))
+        there = self._explained("list blobs", self._objects.digests)
+        old = [
+            digest for digest in there if self._explained(f"look at {digest}", partial(self._objects.is_old, digest))
+        ]
+        needed_now = frozenset(needed())
+        self.protect(sorted(needed_now.difference(there)), timeout_s=timeout_s)
+        gone = []
+        for digest in old:
+            if digest in needed_now:
+                continue
+            if not may_remove():
+                break
+            if self._explained(f"remove {digest}", partial(self._objects.remove_old, digest)):
+                gone.append(digest)
+        return tuple(gone)
 
     def _put(self, digest: str) -> None:
         self._store.verify(digest)  # nobody else looks at the bytes before they are needed
@@ -162,83 +183,3 @@ class ObjectStorage:
             raise CheckpointError(f"cannot {what} in {self._url}: it is not there") from error
         except Exception as error:  # every library behind fsspec has errors of its own
             raise CheckpointError(f"cannot {what} in {self._url}: {error or type(error).__name__}") from error
-
-
-class _Folder:
-    """A folder that all replicas see; the same layout and the same care as a replica's own blobs."""
-
-    def __init__(self, folder: BlobStore) -> None:
-        self._folder = folder
-
-    def put(self, store: BlobStore, digest: str) -> None:
-        with store.open_unverified(digest) as file:
-            self._folder.put_known(digest, iter(lambda: file.read(CHUNK_BYTES), b""))
-
-    def chunks(self, digest: str) -> Iterator[bytes]:
-        with self._folder.path(digest).open("rb") as file:
-            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
-
-    def collect(self, keep: Collection[str], min_age_s: float) -> tuple[str, ...]:
-        return self._folder.collect(keep, min_age_s=max(min_age_s, 2 * _REFRESH_S))
-
-
-class _Bucket:
-    """A file system of fsspec whose objects appear as a whole."""
-
-    def __init__(self, system: Any, prefix: str) -> None:
-        self._system = system
-        self._folder = f"{prefix.rstrip('/')}/blobs"
-
-    def put(self, store: BlobStore, digest: str) -> None:
-        key, size = self._key(digest), store.size(digest)
-        if self._size(key) == size and self._age_s(key) < _REFRESH_S:
-            return
-        self._system.makedirs(self._folder, exist_ok=True)
-        self._system.put_file(str(store.path(digest)), key)
-        found = self._size(key)
-        if found != size:
-            raise OSError(f"{size} bytes were sent, {found} are there")
-
-    def chunks(self, digest: str) -> Iterator[bytes]:
-        with self._system.open(self._key(digest), "rb") as file:
-            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
-
-    def collect(self, keep: Collection[str], min_age_s: float) -> tuple[str, ...]:
-        if not self._system.exists(self._folder):
-            return ()
-        named = {self._key(digest) for digest in keep}
-        gone = []
-        for key in sorted(self._system.find(self._folder)):
-            digest = PREFIX + key.rpartition("/")[2]
-            is_old = is_digest(digest) and self._key(digest) not in named
-            if is_old and self._age_s(self._key(digest)) >= max(min_age_s, 2 * _REFRESH_S):
-                self._system.rm_file(self._key(digest))
-                gone.append(digest)
-        return tuple(gone)
-
-    def _key(self, digest: str) -> str:
-        return f"{self._folder}/{digest.removeprefix(PREFIX)}"
-
-    def _size(self, key: str) -> int | None:
-        try:
-            return int(self._system.info(key)["size"])
-        except FileNotFoundError:
-            return None
-
-    def _age_s(self, key: str) -> float:
-        return float((datetime.now(UTC) - self._system.modified(key)).total_seconds())
-
-
-def _open_file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return fsspec's file system and the path in it."""
-    try:
-        import fsspec
-
-        system, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-    except ImportError as error:
-        raise ConfigError(
-            f"storage = {url!r} needs a package that is not installed ({error}): pip install 'flwr-ha[s3]'"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"storage = {url!r} is no storage that is known: {error}") from error
-    return system, prefix

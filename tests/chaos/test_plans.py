@@ -9,7 +9,20 @@ import pytest
 
 from flwr_ha.local.processes import wait_until
 from tests.chaos.evidence import events_of
-from tests.chaos.plans import Corrupt, Cut, FaultPlan, Freeze, Kill, LoseReply, Part, Step, draw
+from tests.chaos.plans import (
+    Corrupt,
+    Cut,
+    FaultPlan,
+    FlipInTransfer,
+    Freeze,
+    Kill,
+    LoseMajority,
+    LoseReply,
+    Part,
+    SlowDisk,
+    Step,
+    draw,
+)
 from tests.chaos.plans import Path as NetworkPath
 from tests.chaos.runner import Chaos, started
 
@@ -25,6 +38,10 @@ CHOSEN = FaultPlan(
             Cut(NetworkPath.TO_ZOOKEEPER, 2.0),
             Cut(NetworkPath.TO_REPLICAS, 2.0),
             Corrupt(False),
+            FlipInTransfer(1),
+            FlipInTransfer(4),
+            SlowDisk(2.0, 1.5),
+            LoseMajority(20.0, True),
             Kill(Part.TREE),
             Freeze(Part.TREE, 2.5),
         )
@@ -69,7 +86,7 @@ def test_leader_that_reaches_no_standby_commits_nothing_and_says_why(chaos: Chao
 
 
 def test_no_invariant_is_broken_by_the_chosen_and_by_drawn_plans(chaos: Chaos) -> None:
-    """One of each kind of fault on the leader, then what a seed brings."""
+    """A fault of each kind on the leader, then what a seed brings."""
     plans = [CHOSEN, draw(2, steps=2, has_supernodes=False)]
 
     for plan in plans:

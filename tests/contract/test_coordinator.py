@@ -36,6 +36,17 @@ def test_the_first_campaign_takes_term_one(pair):
     assert view.replicas[0]["address"] == RECORD["address"]
 
 
+def test_a_cluster_has_one_identity_for_good(pair):
+    """All replicas read the same, whoever came first; what uses it tells clusters of one name apart."""
+    first, second, _ = pair
+
+    with ThreadPoolExecutor(2) as pool:
+        found = {future.result() for future in [pool.submit(each.identity) for each in (first, second)]}
+
+    assert found == {first.identity()}
+    assert len(first.identity()) == 32
+
+
 def test_terms_never_go_back(pair):
     """Each leadership has the next term, and the history tells who and why."""
     first, second, _ = pair

@@ -22,9 +22,10 @@ def test_a_shared_folder_takes_the_copies(tmp_path: Path) -> None:
     mine, others = BlobStore(tmp_path / "mine"), BlobStore(tmp_path / "others")
     digest = mine.put(b"a checkpoint")
 
-    with _make_storage(settings, 0, mine, "s", NoMeter()) as storage:
+    with _make_storage(settings, 0, mine, "s", NoMeter(), "identity") as storage:
         storage.protect([digest], needed=0, timeout_s=10.0)
-    with _make_storage(settings, 1, others, "s", NoMeter()) as storage:
+    with _make_storage(settings, 1, others, "s", NoMeter(), "identity") as storage:
         storage.fetch([digest], timeout_s=10.0)
 
     assert others.read(digest) == b"a checkpoint"
+    assert list((tmp_path / "shared" / "c" / "identity" / "blobs").iterdir()) != []

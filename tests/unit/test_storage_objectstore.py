@@ -10,8 +10,9 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError, CoordinationError
 from flwr_ha.storage.blobs import BlobStore
+from flwr_ha.storage.objects import GRACE_S
 from flwr_ha.storage.objectstore import ObjectStorage
 
 LIMIT_S = 30.0
@@ -154,23 +155,124 @@ def test_store_that_hangs_is_given_up(own, url):
         hanging.released.set()
 
 
-def test_old_objects_are_collected_and_named_or_young_ones_kept(own, monkeypatch):
-    """Age counts from the last time that an object was protected, give or take an hour."""
-    url, clock = "memory://bucket/collect", [datetime.now(UTC)]
-    kept, old = own.put(b"kept"), own.put(b"old")
+@pytest.fixture
+def ages(monkeypatch):
+    """Return a function that takes a storage and returns its ages in seconds, by digest, to be set by the test."""
+
+    def of(storage):
+        known, real = {}, storage._objects._age_s
+        monkeypatch.setattr(
+            storage._objects, "_age_s", lambda name: known.get("sha256:" + name[-64:], 0.0) or real(name)
+        )
+        return known
+
+    return of
+
+
+def collect(storage, needed, may_remove=lambda: True):
+    return storage.collect(lambda: needed, may_remove=may_remove, timeout_s=LIMIT_S)
+
+
+def test_old_blobs_that_nobody_needs_are_collected(own, url, ages):
+    """What is needed stays, and so does what is young: a commit under way has stored it."""
+    needed, old, young = (own.put(name) for name in (b"needed", b"old", b"young"))
     with ObjectStorage(url, own) as storage:
+        assert collect(storage, [], lambda: pytest.fail("there is nothing to remove")) == ()
+        storage.protect([needed, old, young], timeout_s=LIMIT_S)
+        ages(storage).update({needed: 1e6, old: GRACE_S + 1, young: GRACE_S - 60})
+        assert collect(storage, [needed]) == (old,)
+        assert storage._objects.digests() == tuple(sorted([needed, young]))
+        assert collect(storage, [needed]) == ()
+
+
+def test_what_lies_beside_the_blobs_is_never_touched(own, url, monkeypatch):
+    """Clusters share a bucket, each below a prefix of its own, and people put files anywhere."""
+    digest = own.put(b"blob")
+    with ObjectStorage(f"{url}/one", own) as one, ObjectStorage(f"{url}/one/two", own) as two:
+        for storage in (one, two):
+            storage.protect([digest], timeout_s=LIMIT_S)
+        system, path = raw(f"{url}/one", digest)
+        system.pipe_file(path.replace("/blobs/", "/blobs/notes-"), b"about this blob")
+        monkeypatch.setattr("flwr_ha.storage.objects.GRACE_S", -1.0)
+        assert collect(one, []) == (digest,)
+        assert system.exists(raw(f"{url}/one/two", digest)[1])
+        assert system.exists(path.replace("/blobs/", "/blobs/notes-"))
+
+
+def test_blob_that_is_stored_again_meanwhile_stays(own, url, ages):
+    """A new leader commits the very bytes that an old one is about to remove."""
+    digest = own.put(b"the same model again")
+    with ObjectStorage(url, own) as storage:
+        storage.protect([digest], timeout_s=LIMIT_S)
+        known = ages(storage)
+        known[digest] = 1e6
+
+        def needed():
+            known.clear()  # the other one's `protect`
+            return []
+
+        assert storage.collect(needed, may_remove=lambda: True, timeout_s=LIMIT_S) == ()
+        assert storage._objects.digests() == (digest,)
+
+
+def test_removal_ends_with_the_leadership(own, url, monkeypatch):
+    """It is asked for before each blob."""
+    digests = sorted(own.put(bytes([number])) for number in range(3))
+    answers = iter([True, False])
+    monkeypatch.setattr("flwr_ha.storage.objects.GRACE_S", -1.0)
+    with ObjectStorage(url, own) as storage:
+        storage.protect(digests, timeout_s=LIMIT_S)
+        assert collect(storage, [], lambda: next(answers)) == (digests[0],)
+        assert storage._objects.digests() == tuple(digests[1:])
+
+
+def test_nothing_is_removed_unless_all_that_is_needed_is_known(own, url, monkeypatch):
+    """The coordinator does not answer, or a checkpoint cannot be read."""
+
+    def unknown():
+        raise CoordinationError("no answer")
+
+    monkeypatch.setattr("flwr_ha.storage.objects.GRACE_S", -1.0)
+    with ObjectStorage(url, own) as storage:
+        digest = own.put(b"blob")
+        storage.protect([digest], timeout_s=LIMIT_S)
+        with pytest.raises(CoordinationError):
+            storage.collect(unknown, may_remove=lambda: True, timeout_s=LIMIT_S)
+        assert storage._objects.digests() == (digest,)
+
+
+def test_needed_blob_that_is_gone_is_stored_again(own, url):
+    """Somebody has removed it, by mistake or by a rule of the bucket; the own disk still has it."""
+    digest = own.put(b"blob")
+    with ObjectStorage(url, own) as storage:
+        assert collect(storage, [digest]) == ()
+        assert storage._objects.digests() == (digest,)
+
+
+def test_age_counts_from_the_last_time_that_an_object_was_protected(own):
+    """Give or take an hour, which is less than what a commit takes."""
+    digest = own.put(b"layer")
+    with ObjectStorage("memory://bucket/age", own) as storage:
+        storage.protect([digest], timeout_s=LIMIT_S)
+        system, path = raw("memory://bucket/age", digest)
+        for hours, is_stored_anew in ((0.9, False), (1.1, True)):
+            system.store[path].modified -= timedelta(hours=hours)
+            before = system.modified(path)
+            storage.protect([digest], timeout_s=LIMIT_S)
+            assert (system.modified(path) > before) is is_stored_anew
+            system.store[path].modified = datetime.now(UTC)
+
+
+def test_a_wrong_clock_of_this_machine_removes_nothing(own, monkeypatch):
+    """The store's own clock counts, here five hours behind ours."""
+    digest = own.put(b"layer")
+    with ObjectStorage("memory://bucket/clock", own) as storage:
         system = storage._objects._system
-        monkeypatch.setattr(storage._objects, "_age_s", lambda key: (clock[0] - system.modified(key)).total_seconds())
-        storage.protect([kept, old], timeout_s=LIMIT_S)
-        assert storage.collect([kept], min_age_s=0) == ()
-        clock[0] += timedelta(hours=3)
-        assert storage.collect([kept], min_age_s=4 * 3600) == ()
-        assert storage.collect([kept], min_age_s=0) == (old,)
-        assert system.ls(f"{storage._objects._folder}", detail=False) == [raw(url, kept)[1]]
-        system.store[raw(url, kept)[1]].modified -= timedelta(hours=2)
-        before = system.modified(raw(url, kept)[1])
-        storage.protect([kept], timeout_s=LIMIT_S)
-        assert system.modified(raw(url, kept)[1]) > before
+        modified = system.modified
+        monkeypatch.setattr(system, "modified", lambda path: modified(path) - timedelta(hours=5))
+        storage.protect([digest], timeout_s=LIMIT_S)
+        assert collect(storage, []) == ()
+        assert storage._objects.digests() == (digest,)
 
 
 @pytest.mark.parametrize(("url", "match"), [("nonsense://x", "nonsense"), ("oss://host/x", r"flwr-ha\[s3\]")])
