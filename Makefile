@@ -58,6 +58,7 @@ demo: $(STAMP) zookeeper ## Train the MNIST CNN while the leader is killed (ROUN
 chaos: $(STAMP) zookeeper ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants; kill 50 leaders after flwr run
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS_) --seed $(SEED)
+	$(BIN)/python -m tests.chaos.network --seconds 300 --seed $(SEED)
 	$(BIN)/python -m tests.acknowledged --times 50
 
 bench: $(STAMP) zookeeper ## Measure side by side; writes bench/results.json

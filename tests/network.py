@@ -15,8 +15,10 @@ from typing import Any, Self
 
 import httpx
 
+from flwr_ha.config import load_settings
 from flwr_ha.local.processes import Program, wait_until
 from flwr_ha.local.zookeeper import JAVA_OPTIONS, MAIN_CLASS, require_zookeeper
+from flwr_ha.settings import Settings
 
 SUBNET = "10.20.0"
 BRIDGE = "flwrha0"
@@ -48,6 +50,8 @@ def address(host: str) -> str:
 
 class Network:
     """One namespace per host, joined by a bridge; this process is on the bridge, too."""
+
+    hosts = tuple(HOSTS)
 
     def __enter__(self) -> Self:
         self._remove()
@@ -108,6 +112,17 @@ class Network:
         """Put the cable back."""
         ip("link", "set", self.cable(host), "up")
 
+    def part(self, host: str, other: str) -> None:
+        """Lose all packets between two hosts, and between no others: each sends them to a card that nobody has."""
+        for own, away in ((host, other), (other, host)):
+            nowhere = ["lladdr", "02:00:00:00:00:00", "dev", "eth0", "nud", "permanent"]
+            ip("-n", self.space(own), "neigh", "replace", address(away), *nowhere)
+
+    def join(self, host: str, other: str) -> None:
+        """Let the two find each other again."""
+        for own, away in ((host, other), (other, host)):
+            ip("-n", self.space(own), "neigh", "del", address(away), "dev", "eth0")
+
     def peers(self, host: str, port: int) -> set[str]:
         """Return the addresses that have an open connection to a port of a host."""
         command = ["ip", "netns", "exec", self.space(host), "ss", "-Htn", "state", "established", f"sport = :{port}"]
@@ -134,6 +149,16 @@ class NetworkCluster:
         for program in reversed(self.programs.values()):
             if program.is_alive:
                 program.kill_tree()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the cluster, read from its file."""
+        return load_settings(self.config)
+
+    @property
+    def replicas(self) -> Mapping[int, Program]:
+        """The replicas that were started."""
+        return {replica_id: self.programs[name] for replica_id, name in REPLICAS.items() if name in self.programs}
 
     def run(
         self, host: str, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
@@ -177,8 +202,9 @@ class NetworkCluster:
         self.config.write_text("\n".join(lines) + "\n")
         for replica_id in REPLICAS:
             self.start_replica(replica_id)
+        # With fewer connections than in production, since those need more open files than some machines allow.
         deploy = Path(__file__).parents[1] / "deploy"
-        self.run("haproxy", "haproxy", ["haproxy", "-db", "-f", str(deploy / "haproxy.cfg")])
+        self.run("haproxy", "haproxy", ["haproxy", "-db", "-n", "1000", "-f", str(deploy / "haproxy.cfg")])
 
     def wait_haproxy(self) -> None:
         """Wait until HAProxy accepts connections; fail at once where it has ended."""
@@ -213,11 +239,14 @@ class NetworkCluster:
             (data / "zoo.cfg").write_text("\n".join(lines) + "\n")
             self.run(host, host, ["java", *JAVA_OPTIONS, "-cp", class_path, MAIN_CLASS, str(data / "zoo.cfg")])
 
-    def start_supernode(self, host: str, superlink: str, partition: int) -> Program:
+    def start_supernode(
+        self, host: str, superlink: str, partition: int, environment: Mapping[str, str] | None = None
+    ) -> Program:
         """Start an unmodified SuperNode on a client host."""
         options = ["--node-config", f"partition-id={partition} num-partitions=2", "--port", str(9094 + partition)]
         command = [str(BIN / "flower-supernode"), "--insecure", "--superlink", superlink, *options]
-        return self.run(host, f"supernode-{partition}-{superlink.split(':', maxsplit=1)[0]}", command)
+        name = f"supernode-{partition}-{superlink.split(':', maxsplit=1)[0]}"
+        return self.run(host, name, command, environment)
 
     def get(self, path: str, replica_ids: Sequence[int] = (0, 1, 2)) -> Any:
         """Return the JSON answer of the first of these replicas that answers; None where none does."""
@@ -257,6 +286,7 @@ class NetworkCluster:
 
     def submit(self, app: Path, **run_config: object) -> str:
         """Submit an app through HAProxy."""
+        self.wait_open()
         home = self.folder / "homes" / "operator"
         home.mkdir(parents=True, exist_ok=True)
         connection = f'[superlink]\ndefault = "ha"\n[superlink.ha]\naddress = "{address("haproxy")}:8000"\n'
@@ -275,6 +305,17 @@ class NetworkCluster:
         answer = json.loads(done.stdout)
         assert answer.get("success"), f"flwr run says {answer} {done.stderr}"
         return str(answer["run-id"])
+
+    def wait_open(self) -> None:
+        """Wait until HAProxy has found the leader: whoever comes earlier pauses for long before the next try."""
+
+        def is_open() -> bool:
+            with suppress(httpx.HTTPError):
+                httpx.get(f"http://{address('haproxy')}:8000/", timeout=2.0, trust_env=False)
+                return True
+            return False
+
+        wait_until(is_open, timeout_s=60.0, what="HAProxy finds the leader")
 
     def committed_round(self, run_id: str, replica_ids: Sequence[int] = (0, 1, 2)) -> int:
         """Return the last committed round of a run; -1 where there is none."""

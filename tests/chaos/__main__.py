@@ -46,8 +46,9 @@ def summary(report: Report, *, seed: int) -> str:
         f"{report.rounds} committed rounds, {report.trained} client trainings, {report.repeated.total()} repeated",
         *(f"  {count:4} x {name}" for name, count in sorted(report.faults.items())),
         *(f"  {count:4} trainings repeated: {reason}" for reason, count in sorted(report.repeated.items())),
-        f"  longest from ZooKeeper's majority to the next round: {report.slowest_resume_s:.1f} s",
     ]
+    if report.slowest_resume_s:
+        lines.append(f"  longest from ZooKeeper's majority to the next round: {report.slowest_resume_s:.1f} s")
     if report.violations:
         lines += ["BROKEN:", *(f"  {sentence}" for sentence in report.violations)]
     else:

@@ -8,15 +8,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr_ha.coordination.reader import ClusterReader
-from flwr_ha.local.cluster import LocalCluster
 from flwr_ha.model import Head, LeadershipChange
 from flwr_ha.replica.main import make_store
+from flwr_ha.settings import Settings
 
 Event = Mapping[str, Any]
 READ_TIMEOUT_S = 30.0
+
+
+class Cluster(Protocol):
+    """Have replicas with disks, and a coordinator; on one host or on several."""
+
+    @property
+    def settings(self) -> Settings:
+        """As an operator has them."""
+        ...
+
+    @property
+    def replicas(self) -> Mapping[int, object]:
+        """Whatever runs, by replica id."""
+        ...
 
 
 Training = tuple[str, str, int]
@@ -89,7 +103,7 @@ class Evidence:
 
 
 @contextmanager
-def reader(cluster: LocalCluster) -> Iterator[ClusterReader]:
+def reader(cluster: Cluster) -> Iterator[ClusterReader]:
     """Read the facts of the cluster over a connection of our own."""
     store = make_store(cluster.settings)
     store.start(lambda: None, timeout_s=READ_TIMEOUT_S)
@@ -99,7 +113,7 @@ def reader(cluster: LocalCluster) -> Iterator[ClusterReader]:
         store.close()
 
 
-def events_of(cluster: LocalCluster, replica_id: int | None = None) -> tuple[Event, ...]:
+def events_of(cluster: Cluster, replica_id: int | None = None) -> tuple[Event, ...]:
     """Return what the replicas, or one of them, wrote into their event logs in all of their lives."""
     wanted = cluster.replicas if replica_id is None else (replica_id,)
     folders = [cluster.settings.replica_dir(each) for each in wanted]

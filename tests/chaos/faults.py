@@ -15,13 +15,14 @@ import httpx
 from flwr_ha.config import load_secret
 from flwr_ha.local.cluster import LocalCluster
 from flwr_ha.storage.blobs import BlobStore
+from tests.chaos.evidence import Cluster
 
 BALLAST = "ballast"
 FREEZE, THAW = 0xC0045877, 0xC0045878  # FIFREEZE and FITHAW of linux/fs.h
 BREATH_S = 0.05  # between two stalls, so that some writes get through
 
 
-def store_of(cluster: LocalCluster, replica_id: int) -> BlobStore:
+def store_of(cluster: Cluster, replica_id: int) -> BlobStore:
     """Return the blobs on the disk of a replica, seen by a process that has verified none of them."""
     return BlobStore(cluster.settings.replica_dir(replica_id) / "store")
 

@@ -8,18 +8,17 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path as File
-from types import MappingProxyType
 
 from flwr_ha.errors import HaError
-from flwr_ha.local.cluster import SERVERAPP, SUPERLINK, LocalCluster, Plan
-from flwr_ha.local.processes import Program, wait_until
-from tests.chaos import plans
+from flwr_ha.local.cluster import SERVERAPP, SUPERLINK
+from flwr_ha.local.processes import wait_until
 from tests.chaos.evidence import NodeKill
 from tests.chaos.faults import empty_disk, fill_disk, flip_bit, slow_disk, store_of, truncate
-from tests.chaos.links import Link, Links
+from tests.chaos.linked import LinkedCluster
+from tests.chaos.links import Link
 from tests.chaos.plans import (
     Corrupt,
     Cut,
@@ -38,75 +37,6 @@ logger = logging.getLogger(__name__)
 HEAL_TIMEOUT_S = 120.0
 RESUME_S = 10.0  # promised in docs/guarantees.md
 PARTS = {Part.SUPERLINK: SUPERLINK, Part.SERVERAPP: SERVERAPP}
-
-
-class LinkedCluster(LocalCluster):
-    """Run a cluster on ZooKeeper in which each replica and the clients reach the others over links of their own.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the cluster.
-    plan : Plan
-        With ZooKeeper.
-    links : Links
-        Running.
-    """
-
-    def __init__(self, folder: File, plan: Plan, links: Links) -> None:
-        super().__init__(folder, plan)
-        self.to_zookeeper: dict[int, list[Link]] = {}
-        self.between: dict[tuple[int, int], Link] = {}
-        self._links = links
-        self.clients = links.add(_port(self.address))
-
-    @property
-    def supernode_address(self) -> str:
-        """The link in front of the public address."""
-        return f"127.0.0.1:{self.clients.port}"
-
-    def start_coordinator(self) -> None:
-        """Start ZooKeeper, and write a settings file for each replica."""
-        super().start_coordinator()
-        assert self.ensemble is not None
-        apis = {replica.id: replica.api.port for replica in self.settings.replicas}
-        for own in apis:
-            ports = {port: self._links.add(port) for port in self.ensemble.client_ports}
-            self.to_zookeeper[own] = list(ports.values())
-            for other, port in apis.items():
-                if other != own:
-                    ports[port] = self.between[own, other] = self._links.add(port)
-            text = self.config.read_text(encoding="utf-8")
-            for port, link in ports.items():
-                text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{link.port}")
-            self._config_of(own).write_text(text, encoding="utf-8")
-
-    def _config_of(self, replica_id: int) -> File:
-        return self.config.with_name(f"flwr-ha-{replica_id}.toml")
-
-    def start_replica(
-        self, replica_id: int, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
-    ) -> Program:
-        """Start one replica with its own settings."""
-        own = {"FLWR_HA_CONFIG": str(self._config_of(replica_id))}
-        return super().start_replica(replica_id, *arguments, environment={**own, **environment})
-
-    def links_of(self, replica_id: int, path: plans.Path) -> list[Link]:
-        """Return the links that a cut of this replica breaks."""
-        to_replicas = [link for pair, link in self.between.items() if replica_id in pair]
-        match path:
-            case plans.Path.TO_ZOOKEEPER:
-                return self.to_zookeeper[replica_id]
-            case plans.Path.TO_REPLICAS:
-                return to_replicas
-            case plans.Path.TO_ALL:
-                return [*self.to_zookeeper[replica_id], *to_replicas]
-            case plans.Path.OF_CLIENTS:
-                return [self.clients]
-
-
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 class Injector:
@@ -142,7 +72,7 @@ class Injector:
         """
         target = self._target(step)
         logger.info("%s -> replica %d", step.fault, target)
-        self.counts[_name(step)] += 1
+        self.counts[counted(step)] += 1
         with ExitStack() as healing:
             match step.fault:
                 case Kill(part):
@@ -312,7 +242,8 @@ class Injector:
         return is_running and self._cluster.leader() is not None
 
 
-def _name(step: Step) -> str:
+def counted(step: Step) -> str:
+    """Return the words under which a fault is counted."""
     match step.fault:
         case Kill(part):
             return f"kill {part.value}"

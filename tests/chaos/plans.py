@@ -167,6 +167,15 @@ WITH_SUPERNODES: tuple[Fault, ...] = (
 )
 
 
+CUTS: tuple[Cut, ...] = tuple(Cut(path, sessions) for path in Path for sessions in (0.5, 2.0))
+
+
+def draw_cuts(seed: int, *, steps: int) -> FaultPlan:
+    """Return a plan of cuts alone, as `draw` does."""
+    rng = random.Random(f"{seed}/{steps}/cuts")
+    return FaultPlan(seed=seed, steps=tuple(_draw_step(rng, rng.choice(CUTS)) for _ in range(steps)))
+
+
 def draw(seed: int, *, steps: int, has_supernodes: bool) -> FaultPlan:
     """Return the plan of a seed; the same for the same arguments.
 

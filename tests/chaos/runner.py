@@ -8,21 +8,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr_ha.errors import HaError
 from flwr_ha.local.cluster import Plan
 from flwr_ha.local.processes import wait_until
-from flwr_ha.storage.checkpoint import load, model_digest
+from flwr_ha.storage.checkpoint import model_digest
 from tests.chaos.committer import Committer, model_after
-from tests.chaos.evidence import Evidence, events_of, reader, trainings_in
-from tests.chaos.faults import own_disk, store_of
-from tests.chaos.injector import HEAL_TIMEOUT_S, Injector, LinkedCluster
+from tests.chaos.faults import own_disk
+from tests.chaos.injector import HEAL_TIMEOUT_S, Injector
 from tests.chaos.invariants import broken, repeats
+from tests.chaos.linked import LinkedCluster
 from tests.chaos.links import Links
 from tests.chaos.plans import FaultPlan
 from tests.chaos.reference import expected_model
+from tests.chaos.verdict import JudgedRun, gather
 
 logger = logging.getLogger(__name__)
 NUMPY_APP = Path(__file__).parents[1] / "apps" / "numpy_app"
@@ -136,60 +138,30 @@ class Chaos:
     def report(self) -> Report:
         """Stop committing, judge the evidence, and return the verdict."""
         self._committer.stop()
-        evidence = self._evidence()
-        reasons = [str(reason) if reason else "for no good reason" for _, reason in repeats(evidence)]
+        runs = [JudgedRun(run_id=COMMITTED_RUN, expected=_committed_model)]
+        if self._run_id:
+            nodes = self.cluster.plan.supernodes
+            trained = partial(_trained_model, nodes=nodes)
+            runs.append(JudgedRun(run_id=self._run_id, expected=trained, min_nodes=nodes))
+        evidence = gather(self.cluster, runs, calls=self._calls, kills=self.injector.kills)
         return Report(
             plans=self._plans,
             faults=self.injector.counts,
             takeovers=max(0, len(evidence.history) - 1),
             rounds=sum(map(len, evidence.commits.values())),
             trained=sum(map(len, evidence.trainings.values())),
-            repeated=Counter(reasons),
+            repeated=Counter(str(reason or "for no good reason") for _, reason in repeats(evidence)),
             slowest_resume_s=self.injector.slowest_resume_s,
             violations=(*self._failures, *self.injector.violations, *broken(evidence)),
         )
 
-    def _evidence(self) -> Evidence:
-        runs = [COMMITTED_RUN, *([self._run_id] if self._run_id else [])]
-        with reader(self.cluster) as facts:
-            history = facts.history()
-            commits = {run_id: facts.commit_log(run_id) for run_id in runs}
-        evidence = Evidence(
-            events=events_of(self.cluster),
-            history=history,
-            commits=commits,
-            trainings=trainings_in(self._calls),
-            kills=tuple(self.injector.kills),
-        )
-        evidence = replace(evidence, unreadable=self._unreadable(evidence))
-        last = {run_id: log[-1] for run_id, log in commits.items() if log}
-        expected = {}
-        if COMMITTED_RUN in last:
-            rounds = last[COMMITTED_RUN].position.server_round
-            expected[COMMITTED_RUN] = model_digest({"model": model_after(rounds, size=MODEL_SIZE)})
-        if self._run_id in last:
-            rounds = last[self._run_id].position.server_round
-            nodes = self.cluster.plan.supernodes
-            expected[self._run_id] = expected_model(STRATEGY, rounds=rounds, nodes=nodes)
-            evidence = replace(evidence, min_nodes={self._run_id: nodes})
-        final = {run_id: head.model_digest for run_id, head in last.items()}
-        return replace(evidence, final_models=final, expected_models=expected)
 
-    def _unreadable(self, evidence: Evidence) -> dict[str, str]:
-        """Read the checkpoints that must be kept, each from any replica that has a good copy."""
-        stores = [store_of(self.cluster, replica_id) for replica_id in self.cluster.replicas]
-        found: dict[str, str] = {}
-        for head in [head for log in evidence.commits.values() for head in log[-1:]]:
-            problems = []
-            for store in stores:
-                try:
-                    load(head.position.digest, store)
-                    break
-                except HaError as error:
-                    problems.append(str(error))
-            else:
-                found[head.position.digest] = "; ".join(problems)
-        return found
+def _committed_model(rounds: int) -> str:
+    return model_digest({"model": model_after(rounds, size=MODEL_SIZE)})
+
+
+def _trained_model(rounds: int, *, nodes: int) -> str:
+    return expected_model(STRATEGY, rounds=rounds, nodes=nodes)
 
 
 @contextmanager

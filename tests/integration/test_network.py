@@ -1,4 +1,4 @@
-"""A network with a host for each part: the leader's host falls silent, and SuperNodes find the new leader."""
+"""A network with a host for each part: hosts fall silent, or find some of the others no more."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from flwr_ha.local.processes import Program, wait_until
+from tests.chaos.evidence import events_of
+from tests.chaos.network import NetworkChaos, cut
+from tests.chaos.plans import Cut, FaultPlan, Step
+from tests.chaos.plans import Path as NetworkPath
 from tests.network import REPLICAS, Network, NetworkCluster, address
 
 pytestmark = [
@@ -110,3 +114,52 @@ def test_a_name_with_three_addresses_leads_to_the_new_leader(
     print(json.dumps({"both SuperNodes through the name after s": round(reached_s, 1)}))
     assert all(node.is_alive for node in supernodes)
     heal(cluster, old)
+
+
+@pytest.fixture(scope="module")
+def training(cluster: NetworkCluster) -> NetworkChaos:
+    """Let two SuperNodes train without end; the tests above must be over."""
+    return NetworkChaos(cluster, seed=1)
+
+
+def test_leader_that_reaches_no_standby_commits_nothing_and_the_state_of_its_run_says_why(
+    cluster: NetworkCluster, training: NetworkChaos
+) -> None:
+    """It still leads, since ZooKeeper answers, and its SuperNodes train; healed, that very round is committed."""
+    leader = cluster.wait_leader(timeout_s=60.0)
+    term = cluster.get("/cluster")["term"]
+    known = len(events_of(cluster, leader))
+
+    def reason() -> str:
+        runs = (cluster.get("/cluster", [leader]) or {"runs": []})["runs"]
+        run = next(run for run in runs if run["run_id"] == training.run_id)
+        return run["reason"] if run["state"] == "waiting" and "copies" in run["reason"] else ""
+
+    with cut(cluster, leader, NetworkPath.TO_REPLICAS):
+        why = wait_until(reason, timeout_s=120.0, what="the reason", poll_s=0.1)
+        stopped_at = training.round
+        hold_s = time.monotonic() + 2 * SESSION_TIMEOUT_S
+        wait_until(lambda: time.monotonic() > hold_s, timeout_s=60.0, what="two session timeouts")
+        assert training.round == stopped_at
+        assert cluster.leader([leader]) == leader
+
+    assert f"committing round {stopped_at + 1}: 0 of 1 needed copies on other replicas were made" in why
+    assert all(f"replica {other} (" in why for other in REPLICAS if other != leader)
+    logged = [event["message"] for event in events_of(cluster, leader)[known:] if event["kind"] == "not-committed"]
+    assert any("0 of 1 needed copies" in message and training.run_id in message for message in logged)
+    training.wait_rounds(2)
+    assert (cluster.leader(), cluster.get("/cluster")["term"]) == (leader, term)
+
+
+def test_no_invariant_is_broken_by_cuts_of_each_kind(training: NetworkChaos) -> None:
+    """The leader from ZooKeeper, from both standbys, from its clients and from all; a standby from all."""
+    steps = [Step(fault=Cut(path, 2.0), is_leader_hit=True, after_commits=1, delay_s=0.0) for path in NetworkPath]
+    steps.append(Step(fault=Cut(NetworkPath.TO_ALL, 2.0), is_leader_hit=False, after_commits=1, delay_s=0.0))
+
+    assert training.carry_out(FaultPlan(seed=0, steps=tuple(steps)))
+    report = training.report()
+
+    assert report.violations == ()
+    assert report.faults.total() == 5
+    assert not report.repeated
+    assert report.takeovers >= 2
