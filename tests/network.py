@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -207,16 +206,17 @@ class NetworkCluster:
         self.run("haproxy", "haproxy", ["haproxy", "-db", "-n", "1000", "-f", str(deploy / "haproxy.cfg")])
 
     def wait_haproxy(self) -> None:
-        """Wait until HAProxy accepts connections; fail at once where it has ended."""
+        """Wait until HAProxy leads to a leader: whoever comes earlier pauses for long; fail where it has ended."""
 
-        def accepts() -> bool:
+        def leads() -> bool:
             haproxy = self.programs["haproxy"]
             assert haproxy.is_alive, f"HAProxy has ended, see {haproxy.log_file}"
-            with suppress(OSError), socket.create_connection((address("haproxy"), 8000), timeout=1.0):
+            with suppress(httpx.HTTPError):
+                httpx.get(f"http://{address('haproxy')}:8000/", timeout=2.0, trust_env=False)
                 return True
             return False
 
-        wait_until(accepts, timeout_s=30.0, what="HAProxy accepts connections")
+        wait_until(leads, timeout_s=60.0, what="HAProxy leads to a leader")
 
     def start_replica(self, replica_id: int) -> None:
         """Start a replica on its host."""
@@ -286,7 +286,6 @@ class NetworkCluster:
 
     def submit(self, app: Path, **run_config: object) -> str:
         """Submit an app through HAProxy."""
-        self.wait_open()
         home = self.folder / "homes" / "operator"
         home.mkdir(parents=True, exist_ok=True)
         connection = f'[superlink]\ndefault = "ha"\n[superlink.ha]\naddress = "{address("haproxy")}:8000"\n'
@@ -305,17 +304,6 @@ class NetworkCluster:
         answer = json.loads(done.stdout)
         assert answer.get("success"), f"flwr run says {answer} {done.stderr}"
         return str(answer["run-id"])
-
-    def wait_open(self) -> None:
-        """Wait until HAProxy has found the leader: whoever comes earlier pauses for long before the next try."""
-
-        def is_open() -> bool:
-            with suppress(httpx.HTTPError):
-                httpx.get(f"http://{address('haproxy')}:8000/", timeout=2.0, trust_env=False)
-                return True
-            return False
-
-        wait_until(is_open, timeout_s=60.0, what="HAProxy finds the leader")
 
     def committed_round(self, run_id: str, replica_ids: Sequence[int] = (0, 1, 2)) -> int:
         """Return the last committed round of a run; -1 where there is none."""

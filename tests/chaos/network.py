@@ -75,7 +75,7 @@ class NetworkChaos:
         self._rng = random.Random(seed)
         self._plans = 0
         self._failures: list[str] = []
-        cluster.wait_open()
+        cluster.wait_haproxy()
         self._nodes = [
             cluster.start_supernode(
                 f"client-{index}",
