@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from flwr_ha.local.cluster import LocalCluster, Plan
+from flwr_ha.local.processes import wait_until
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.checkpoint import load
+from tests.chaos.committer import Committer
+from tests.chaos.evidence import reader
 from tests.chaos.miniature import model_after
 from tests.chaos.stage import Stage, stage_in
 
@@ -63,3 +67,18 @@ def test_successor_goes_on_from_the_shared_store_alone(stage: Stage) -> None:
     assert terms == 2
     loaded = load(head.position.digest, BlobStore(stage.folder / "replica-1" / "store"))
     assert np.array_equal(loaded.arrays["model"], model_after(ROUNDS))
+
+
+def test_replicas_keep_their_rounds_below_the_name_and_the_identity_of_their_cluster(tmp_path: Path) -> None:
+    """Another cluster of the same name may use the same bucket."""
+    shared = tmp_path / "shared"
+    plan = Plan(replicas=2, supernodes=0, is_embedded=True, settings={"storage": f"file://{shared}"})
+    with LocalCluster(tmp_path / "cluster", plan) as cluster:
+        cluster.start()
+        with Committer(cluster, "1000000000000000001", num_rounds=3) as committer:
+            wait_until(lambda: committer.is_finished, timeout_s=60.0, what="three rounds")
+        with reader(cluster) as facts:
+            digests = {head.position.digest for head in facts.commit_log(committer.run_id)}
+        (folder,) = (shared / "local").iterdir()
+        assert len(folder.name) == 32
+        assert digests <= set(BlobStore(folder).digests())
