@@ -80,10 +80,15 @@ def _watch_json(make: Callable[[], Any]) -> None:
 
 
 def _watch_table(make: Callable[[], Any], as_table: Callable[[Any], Any]) -> None:
-    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+    console = Console(highlight=False)
+    with Live(console=console, auto_refresh=False) as live:
         while True:
             try:
-                live.update(as_table(make()), refresh=True)
+                seen = as_table(make())
             except CoordinationError as error:
-                live.update(str(error), refresh=True)
+                seen = str(error)
+            if console.is_terminal:
+                live.update(seen, refresh=True)
+            else:
+                console.print(seen)  # to a file or a pipe a live picture would print nothing before its end
             time.sleep(WATCH_EVERY_S)

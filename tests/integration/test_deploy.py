@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flwr_ha.config import parse_settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+BIN = Path(sys.executable).parent
 KUBERNETES_VERSION = "1.29"
 
 
@@ -94,15 +96,35 @@ def test_compose_fits_its_settings_and_haproxy() -> None:
     assert {name for name in used if not name.startswith(".")} == set(compose["volumes"])
 
 
-def _has_compose() -> bool:
-    return shutil.which("docker") is not None and run("docker", "compose", "version").returncode == 0
+COMPOSE_FILES = [DEPLOY / "compose.yaml", ROOT / "zookeeper" / "compose.yaml"]
 
 
-@pytest.mark.skipif(not _has_compose(), reason="docker compose is not installed")
-def test_docker_accepts_its_compose_file() -> None:
-    """`docker compose config` needs no engine; where the plugin is missing the test above is all there is."""
-    done = run("docker", "compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet")
-    assert done.returncode == 0, done.stderr
+def check_compose(file: Path) -> subprocess.CompletedProcess[str]:
+    """Hold a file against the schema of compose files that Docker publishes."""
+    return run(str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(file))
+
+
+@pytest.mark.parametrize("file", COMPOSE_FILES, ids=lambda file: file.parent.name)
+def test_compose_file_follows_its_schema(file: Path) -> None:
+    """Every key is one that compose knows, with a value of its kind."""
+    done = check_compose(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_schema_refuses_what_compose_does_not_know(tmp_path: Path) -> None:
+    """The check above can fail: a misspelt key of a service."""
+    wrong = COMPOSE_FILES[1].read_text(encoding="utf-8").replace("healthcheck:", "healthchek:")
+    (tmp_path / "compose.yaml").write_text(wrong, encoding="utf-8")
+    done = check_compose(tmp_path / "compose.yaml")
+    assert done.returncode == 1
+    assert "'healthchek' was unexpected" in done.stdout + done.stderr
+
+
+def test_dockerfile_pleases_its_linter() -> None:
+    """`hadolint` parses it, the shell of its RUN lines included, and has nothing to say."""
+    done = run(str(BIN / "hadolint"), str(DEPLOY / "Dockerfile"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == ""
 
 
 def test_dockerfile_copies_what_exists() -> None:
