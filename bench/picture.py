@@ -26,8 +26,8 @@ def draw(splits: Sequence[Mapping[str, float]], phases: Sequence[str], *, round_
     for index, split in enumerate(splits):
         y, start_s = 40 + index * (_BAR + _GAP), 0.0
         rows.append(_text(_LEFT - 8, y + 13, f"kill {index + 1}", "end"))
-        for phase, colour in zip(phases, _COLOURS, strict=True):
-            width = max(split[phase] - start_s, 0.0) * scale
+        for phase in sorted(phases, key=split.__getitem__):  # the ServerApp and the clients do not wait for each other
+            width, colour = max(split[phase] - start_s, 0.0) * scale, _COLOURS[phases.index(phase)]
             rows.append(
                 f'<rect x="{_LEFT + start_s * scale:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{colour}">'
                 f"<title>{phase}: {split[phase]:.2f} s</title></rect>"

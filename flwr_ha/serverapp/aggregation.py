@@ -11,8 +11,9 @@ import io
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ _USERS = ("flwr.serverapp.strategy.fedavg", "flwr.serverapp.strategy.multikrum")
 _PART = 2 * BLOCK  # elements that one thread takes at a time
 _THREADS = min(4, len(os.sched_getaffinity(0)))
 _NAME = "aggregate_arrayrecords"
+_Term = tuple[Blocks, float, np.dtype[Any]]  # a reply's array, its weight, the dtype of their product
 _plain = strategy_utils.aggregate_arrayrecords
 
 
@@ -71,18 +73,31 @@ def weighted_average(records: list[RecordDict], weighting_metric_name: str) -> A
         for arrays in record.array_records.values():
             for name, array in arrays.items():
                 named.setdefault(name, []).append((array, weight / total))
+    fills: list[_Fill] = []
+    averages = {name: _average(terms, fills) for name, terms in named.items()}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="average") as pool:
-        return ArrayRecord({name: _average(terms, pool) for name, terms in named.items()})
+        list(pool.map(_run, _batches(fills)))
+    return ArrayRecord(averages)
 
 
-def _average(terms: Sequence[tuple[Array, float]], pool: Executor) -> Array:
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """One part of a result that is still to be computed: `part` are its elements from `offset` on."""
+
+    part: NDArray[Any]
+    terms: Sequence[_Term]
+    offset: int
+
+
+def _average(terms: Sequence[tuple[Array, float]], fills: list[_Fill]) -> Array:
+    """Return the average; it is complete once what was added to `fills` is done."""
     try:
         sources = [(blocks_of(array), weight) for array, weight in terms]
     except ValueError:
         return _average_as_a_whole(terms)
     if any(source.shape != sources[0][0].shape for source, _ in sources):
         return _average_as_a_whole(terms)
-    return _average_by_blocks(sources, pool)
+    return _average_by_blocks(sources, fills)
 
 
 def _average_as_a_whole(terms: Sequence[tuple[Array, float]]) -> Array:
@@ -94,23 +109,37 @@ def _average_as_a_whole(terms: Sequence[tuple[Array, float]]) -> Array:
     return Array(np.asarray(total))
 
 
-def _average_by_blocks(sources: Sequence[tuple[Blocks, float]], pool: Executor) -> Array:
+def _average_by_blocks(sources: Sequence[tuple[Blocks, float]], fills: list[_Fill]) -> Array:
     shape, dtype = sources[0][0].shape, _product(*sources[0])
     header = _header(dtype, shape)
     size_bytes = math.prod(shape) * dtype.itemsize
     data, memory = new_bytes(len(header) + size_bytes)
     memory[: len(header)] = np.frombuffer(header, np.uint8)
-    _fill_all(memory[len(header) :].view(dtype), sources, pool)
+    total = memory[len(header) :].view(dtype)
+    terms = [(source, weight, _product(source, weight)) for source, weight in sources]
+    fills += [_Fill(total[start : start + _PART], terms, start) for start in range(0, total.size, _PART)]
     return Array(dtype=str(dtype), shape=shape, stype=NUMPY, data=data)
 
 
-def _fill_all(total: NDArray[Any], sources: Sequence[tuple[Blocks, float]], pool: Executor) -> None:
-    terms = [(source, weight, _product(source, weight)) for source, weight in sources]
-    starts = range(0, total.size, _PART)
-    list(pool.map(lambda start: _fill(total[start : start + _PART], terms, start), starts))
+def _batches(fills: Sequence[_Fill]) -> Iterator[list[_Fill]]:
+    """Put small arrays together, so that threads do not fight for the interpreter over each bias."""
+    batch: list[_Fill] = []
+    size = 0
+    for fill in fills:
+        batch.append(fill)
+        size += fill.part.size
+        if size >= _PART:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
-def _fill(part: NDArray[Any], terms: Sequence[tuple[Blocks, float, np.dtype[Any]]], offset: int) -> None:
+def _run(batch: Sequence[_Fill]) -> None:
+    for fill in batch:
+        _add_up(fill.part, fill.terms, fill.offset)
+
+
+def _add_up(part: NDArray[Any], terms: Sequence[_Term], offset: int) -> None:
     """Add up one part of the result; numpy lets other threads run meanwhile."""
     (first, weight, _), *others = terms
     scratch = {dtype: np.empty(min(BLOCK, part.size), dtype) for _, _, dtype in others}

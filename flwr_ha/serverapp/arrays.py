@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,21 +36,30 @@ def view(array: Array) -> NDArray[Any]:
     if array.stype != NUMPY:
         raise ValueError(f"it is serialized as {array.stype!r}, not by numpy")
     data = array.data  # read once: it may come from disk
-    buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
+    version = np.lib.format.read_magic(io.BytesIO(data))
     if version not in ((1, 0), (2, 0)):
         return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]  # npy, not npz
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read_header(buffer)
+    start = 10 if version == (1, 0) else 12
+    start += int.from_bytes(data[8:start], "little")
+    shape, is_fortran, dtype = _header(data[:start])
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     count = math.prod(shape)
-    if count * dtype.itemsize != len(data) - buffer.tell():
+    if count * dtype.itemsize != len(data) - start:
         raise ValueError(f"its bytes do not fit the shape {shape} of {dtype}")
     if count == 0 or dtype.itemsize == 0:
         return np.zeros(shape, dtype)
-    flat: NDArray[Any] = np.frombuffer(data, dtype=dtype, count=count, offset=buffer.tell())
+    flat: NDArray[Any] = np.frombuffer(data, dtype=dtype, count=count, offset=start)
     return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+@lru_cache(maxsize=1024)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return what a header says; numpy compiles it as Python, and all replies have the same ones."""
+    read = np.lib.format.read_array_header_1_0 if data[6] == 1 else np.lib.format.read_array_header_2_0
+    buffer = io.BytesIO(data)
+    np.lib.format.read_magic(buffer)
+    return read(buffer)
 
 
 def canonical(record: ArrayRecord) -> ArrayRecord:
