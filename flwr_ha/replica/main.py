@@ -33,6 +33,7 @@ from flwr_ha.replica.machine import Timing
 from flwr_ha.replica.messages import StopAsked
 from flwr_ha.replica.metrics import Meter, make_meter
 from flwr_ha.replica.replica import Replica
+from flwr_ha.replica.scrub import Scrubber
 from flwr_ha.replica.sessionapi import session_routes
 from flwr_ha.replica.sharedstore import SharedStoreCollector
 from flwr_ha.settings import Endpoint, SessionSettings, Settings, TlsSettings
@@ -114,6 +115,7 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         session_server.start(Starlette(routes=session_routes(replica)))
         stack.enter_context(_signals(agent))
         stack.enter_context(replica)
+        stack.enter_context(Scrubber(blobs, storage, event_log))
         if isinstance(storage, ObjectStorage):
             collector = SharedStoreCollector(
                 storage,
