@@ -216,7 +216,7 @@ def certs(
     """
     from flwr_ha.certs import write_certificates
 
-    settings = load_settings(config)
+    settings = load_settings(config, has_certificates=False)
     hosts = [endpoint.host for each in settings.replicas for endpoint in (each.address, each.api)]
     for path in write_certificates(folder, [*hosts, *(host or [])], days=days):
         print(path)

@@ -34,7 +34,12 @@ _KEYS = {
 }
 
 
-def load_settings(file: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> Settings:
+_SECURITY_KEYS = ("tls", "zookeeper", "enable-supernode-auth")
+
+
+def load_settings(
+    file: Path | None = None, *, environ: Mapping[str, str] = os.environ, has_certificates: bool = True
+) -> Settings:
     """Read the settings of a cluster.
 
     Parameters
@@ -43,6 +48,8 @@ def load_settings(file: Path | None = None, *, environ: Mapping[str, str] = os.e
         TOML file; else the one that ``FLWR_HA_CONFIG`` names, else ``pyproject.toml`` here.
     environ : mapping
         The environment.
+    has_certificates : bool
+        False where the files that the settings name are yet to be made: TLS and what needs it is left out.
 
     Returns
     -------
@@ -66,6 +73,8 @@ def load_settings(file: Path | None = None, *, environ: Mapping[str, str] = os.e
         if path.name == DEFAULT_FILE or "tool" in document:
             raise ConfigError(f"settings file {str(path)!r} has no table [tool.flwr-ha]")
         table = document
+    if not has_certificates:
+        table = {key: value for key, value in table.items() if key not in _SECURITY_KEYS}
     try:
         return parse_settings(table, folder=path.absolute().parent)
     except ConfigError as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +55,8 @@ class Network:
     hosts = tuple(HOSTS)
 
     def __enter__(self) -> Self:
+        self._turn = (Path(tempfile.gettempdir()) / "flwr-ha-network.lock").open("w")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)  # one network at a time: tests run side by side
         self._remove()
         ip("link", "add", BRIDGE, "type", "bridge")
         ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
@@ -65,6 +69,7 @@ class Network:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove()
+        self._turn.close()
 
     def _add(self, host: str) -> None:
         space, cable = self.space(host), self.cable(host)
@@ -201,9 +206,8 @@ class NetworkCluster:
         self.config.write_text("\n".join(lines) + "\n")
         for replica_id in REPLICAS:
             self.start_replica(replica_id)
-        # With fewer connections than in production, since those need more open files than some machines allow.
         deploy = Path(__file__).parents[1] / "deploy"
-        self.run("haproxy", "haproxy", ["haproxy", "-db", "-n", "1000", "-f", str(deploy / "haproxy.cfg")])
+        self.run("haproxy", "haproxy", ["haproxy", "-db", "-f", str(deploy / "haproxy.cfg")])
 
     def wait_haproxy(self) -> None:
         """Wait until HAProxy leads to a leader: whoever comes earlier pauses for long; fail where it has ended."""

@@ -131,6 +131,16 @@ def test_cluster_that_does_not_answer_is_status_1(run):
     assert err.count("\n") == 1
 
 
+def test_certificates_are_made_that_the_settings_name_already(run, tmp_path):
+    """Otherwise settings that are complete could not be used to make what they name."""
+    tls = "".join(f'{name} = "tls/{file}"\n' for name, file in {"ca": "ca.crt", "cert": "server.crt"}.items())
+    (tmp_path / "tls.toml").write_text(f'{CONFIG}\n[tls]\n{tls}key = "tls/server.key"\n')
+    assert run("list", config=tmp_path / "tls.toml")[0] == 2
+
+    assert run("certs", str(tmp_path / "tls"), config=tmp_path / "tls.toml")[0] == 0
+    assert run("list", config=tmp_path / "tls.toml")[0] == 0
+
+
 def test_missing_settings_file_is_status_2(run, tmp_path):
     """The file is named."""
     status, _, err = run("list", config=tmp_path / "absent.toml")
