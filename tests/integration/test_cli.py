@@ -87,6 +87,26 @@ def test_operators_day_on_an_embedded_cluster(tmp_path):
     assert set(load_file(down)) == {"weight", "bias"}
 
 
+def test_bash_completes_commands_and_options(tmp_path):
+    """What `--install-completion` writes, in a bash that has read it: each word is completed as Tab would do it."""
+    command = Path(sys.executable).with_name("flwr-ha")
+    environment = {"HOME": str(tmp_path), "PATH": f"{command.parent}:/usr/bin:/bin"}
+    subprocess.run([command, "--install-completion", "bash"], env=environment, check=True, capture_output=True)
+    typed = {"sw": "switchover", "checkpoint ex": "export", "list --wa": "--watch", "switchover --cand": "--candidate"}
+    lines = ["source ~/.bashrc"]
+    for words in typed:
+        lines += [f"COMP_WORDS=(flwr-ha {words})", "COMP_CWORD=$((${#COMP_WORDS[@]} - 1))"]
+        lines += ["_flwr_ha_completion flwr-ha", 'echo "${COMPREPLY[*]}"']
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(["set -e", *lines, "complete -p flwr-ha"])],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [*typed.values(), "complete -o default -F _flwr_ha_completion flwr-ha"]
+
+
 @pytest.mark.zookeeper
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_zookeeper_in_the_foreground_ends_with_ctrl_c(tmp_path, number):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from flwr_ha import cli, console
 from flwr_ha.errors import CoordinationError
@@ -190,12 +191,18 @@ def test_watch_goes_on_while_the_cluster_is_away_and_ends_well_with_ctrl_c(monke
     assert lines == [{"n": 1}, {"error": "away"}, {"n": 2}]
 
 
-@pytest.mark.parametrize(
-    "command", ["list", "history", "switchover", "pause", "resume", "replica", "zookeeper", "demo"]
-)
+def every_command() -> list[str]:
+    """Return the words of each command, those of groups included."""
+    found = []
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        found += [f"{name} {inner}" for inner in command.commands] if hasattr(command, "commands") else [name]
+    return found
+
+
+@pytest.mark.parametrize("command", every_command())
 def test_help_of_each_command_has_an_example(command, monkeypatch, capsys):
     """A user who asks for help can copy a line."""
-    monkeypatch.setattr(sys, "argv", ["flwr-ha", command, "--help"])
+    monkeypatch.setattr(sys, "argv", ["flwr-ha", *command.split(), "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     assert f"Example: flwr-ha {command}" in capsys.readouterr().out
