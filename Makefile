@@ -55,11 +55,12 @@ unit: $(STAMP) ## Run the tests that need no process
 demo: $(STAMP) zookeeper ## Train the MNIST CNN while the leader is killed (ROUNDS=8 KILL=1 COORDINATOR=zookeeper|embedded)
 	$(BIN)/python -m flwr_ha demo --rounds $(ROUNDS) --kill $(KILL) --coordinator $(COORDINATOR)
 
-chaos: $(STAMP) zookeeper ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants; kill 50 leaders after flwr run
+chaos: $(STAMP) zookeeper ## Inject random faults for SECONDS=600 from SEED=7 and check the invariants; kill 100 leaders as they acknowledge
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS_) --seed $(SEED)
 	$(BIN)/python -m tests.chaos.network --seconds 300 --seed $(SEED)
-	$(BIN)/python -m tests.acknowledged --times 50
+	$(BIN)/python -m tests.acknowledged --times 50 --what runs
+	$(BIN)/python -m tests.acknowledged --times 50 --what supernodes
 
 bench: $(STAMP) zookeeper ## Measure side by side; writes bench/results.json
 	$(BIN)/python -m bench

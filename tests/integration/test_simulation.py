@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,8 +113,14 @@ class Simulation(World):
     run_options = ("--federation-config", "num-supernodes=2 init-args-num-cpus=2")
 
     def _start_servers(self) -> None:
-        self.environment |= {"FLWR_HA_TEST_CALLS": str(self.calls), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._ray = tempfile.TemporaryDirectory(prefix="ray-")  # pytest's folder is too long for ray's sockets
+        self.environment |= {"RAY_TMPDIR": self._ray.name, "RAY_USAGE_STATS_ENABLED": "0"}
+        self.environment["FLWR_HA_TEST_CALLS"] = str(self.calls)
         self._start_superlink("--simulation")
+
+    def stop(self) -> None:
+        super().stop()
+        self._ray.cleanup()
 
 
 @contextmanager
