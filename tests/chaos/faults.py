@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from flwr_ha.config import load_secret
+from flwr_ha.errors import HaError
 from flwr_ha.local.cluster import LocalCluster
 from flwr_ha.storage.blobs import BlobStore
 from tests.chaos.evidence import Cluster
@@ -79,7 +80,9 @@ def own_disk(folder: Path, size_bytes: int) -> Iterator[None]:
         ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image)],
         ["mount", "-o", "loop", str(image), str(folder)],
     ):
-        subprocess.run(command, check=True, timeout=30.0, capture_output=True)
+        done = subprocess.run(command, check=False, timeout=30.0, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise HaError(f"a disk of its own needs root, mkfs.ext4 and loop devices: {done.stderr.strip()}")
     try:
         yield
     finally:

@@ -135,7 +135,7 @@ class NetworkChaos:
     def report(self) -> Report:
         """End the SuperNodes, judge the evidence, and return the verdict."""
         for node in self._nodes:
-            node.kill_tree()
+            node.stop(timeout_s=30.0)
         run = JudgedRun(
             run_id=self.run_id,
             expected=lambda rounds: expected_model(STRATEGY, rounds=rounds, nodes=NODES),
