@@ -24,6 +24,7 @@ NAMES = (
     "operations",
     "commit",
     "rounds",
+    "cost",
     "serving",
     "takeover",
     "heartbeats",

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,10 @@ class EmbeddedStore:
         """Return the names below `key`, sorted."""
         rows = self._select("SELECT key FROM entries WHERE parent = ? ORDER BY key", key)
         return tuple(row[0].rpartition("/")[2] for row in rows)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Do nothing: each read is the newest."""
+        return nullcontext()
 
     def transact(self, operations: Sequence[Operation]) -> None:
         """Apply all operations or none."""

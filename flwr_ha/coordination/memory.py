@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Versioned
@@ -141,6 +142,10 @@ class MemoryStore:
             keys = tuple(self._tree.entries)
         below = (known.removeprefix(prefix) for known in keys if known.startswith(prefix))
         return tuple(sorted(name for name in below if "/" not in name))
+
+    def together(self) -> AbstractContextManager[None]:
+        """Do nothing: each read is the newest."""
+        return nullcontext()
 
     def transact(self, operations: Sequence[Operation]) -> None:
         """Apply all operations or none."""

@@ -47,17 +47,18 @@ class ClusterReader:
 
     def view(self) -> View:
         """Return all that a replica decides on."""
-        leader = self.leader()  # before the term, so that the term is never older than the leader's
-        term = self._store.get(TERM)
-        return View(
-            term=0 if term is None else int(term.data),
-            leader=leader,
-            replicas=self.replicas(),
-            heads=self.heads(),
-            control=self.control_head(),
-            is_paused=self._store.get(PAUSED) is not None,
-            switchover=self.switchover(),
-        )
+        with self._store.together():
+            leader = self.leader()  # before the term, so that the term is never older than the leader's
+            term = self._store.get(TERM)
+            return View(
+                term=0 if term is None else int(term.data),
+                leader=leader,
+                replicas=self.replicas(),
+                heads=self.heads(),
+                control=self.control_head(),
+                is_paused=self._store.get(PAUSED) is not None,
+                switchover=self.switchover(),
+            )
 
     def leader(self) -> LeaderRecord | None:
         """Return who leads, None where nobody does."""

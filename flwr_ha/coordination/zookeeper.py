@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kazoo.client import KazooClient
@@ -42,7 +42,8 @@ CALL_LIMIT = 1 / 3
 class ZooKeeperStore:
     """Implement `flwr_ha.coordination.protocol.Store` on a ZooKeeper ensemble.
 
-    Each read is sent behind a ``sync``, so that a node that lags behind catches up first. ZooKeeper
+    Each read is sent behind a ``sync``, so that a node that lags behind catches up first; of reads `together` the
+    first one is, since what a session reads never goes back, not even on a connection to another node. ZooKeeper
     applies the commits of other sessions beside a ``sync``, so that a read may still miss what was
     answered a moment before (seen on busy nodes); it cannot miss what was answered before a write of
     its own session. Hence a new leader, whose election is a write, sees every commit of the terms
@@ -85,6 +86,7 @@ class ZooKeeperStore:
         self._proof = SessionProof()
         self._made_parents: set[str] = set()
         self._on_change: Callable[[], None] = lambda: None
+        self._batch = _Batch()
         self._stop = threading.Event()
         self._keep_alive = threading.Thread(target=self._run_keep_alive, name="zookeeper-keep-alive", daemon=True)
         tls = None if security.ca is None else client_context(security.ca, security.cert, security.key)
@@ -167,6 +169,15 @@ class ZooKeeperStore:
             return self.children(key)
         return tuple(sorted(names))
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send one ``sync`` for the reads of this thread within."""
+        self._batch.is_open = True
+        try:
+            yield
+        finally:
+            self._batch.is_open = self._batch.is_synced = False
+
     def transact(self, operations: Sequence[Operation]) -> None:
         """Apply all operations or none; never repeated by itself."""
         for operation in operations:
@@ -215,7 +226,15 @@ class ZooKeeperStore:
 
     def _read(self, request: Callable[[], Any]) -> Any:
         """Answer a read behind a ``sync``: both are sent at once, ZooKeeper keeps their order."""
-        return self._call(lambda: (self._client.sync_async(self._root or "/"), request())[1])
+        if self._batch.is_synced:
+            return self._call(request)
+        try:
+            answer = self._call(lambda: (self._client.sync_async(self._root or "/"), request())[1])
+        except NoNodeError:
+            self._batch.is_synced = self._batch.is_open
+            raise
+        self._batch.is_synced = self._batch.is_open
+        return answer
 
     def _call(self, request: Callable[[], Any]) -> Any:
         """Send a request and wait for its answer; NoNodeError and the like pass through."""
@@ -268,6 +287,13 @@ class ZooKeeperStore:
             return read_timeout_ms, connect_timeout_ms
 
         connection._connect = connect_and_note
+
+
+class _Batch(threading.local):
+    """Tell whether this thread reads together, and whether a read of it was answered behind a ``sync``."""
+
+    is_open = False
+    is_synced = False
 
 
 class _CredentialsError(CoordinationError):

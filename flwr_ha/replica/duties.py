@@ -252,6 +252,7 @@ class Duties:
             if absent:
                 raise BlobMissingError(absent[0], f"{absent[0]} is not in {tools.store.root}")
             copies = self._protect(run_id, digests)
+            copied_s = time.monotonic()
             reach("commit.after-protect")
             check()
             head = Head(
@@ -277,6 +278,7 @@ class Duties:
             digest=head.position.digest,
             model_digest=head.model_digest,
             seconds=round(time.monotonic() - start_s, 6),
+            copy_seconds=round(copied_s - start_s, 6),
         )
         reach("commit.before-answer")
         return head

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,9 @@ class Flaky:
 
     def children(self, key: str) -> tuple[str, ...]:
         return self.inner.children(key)
+
+    def together(self) -> AbstractContextManager[None]:
+        return self.inner.together()
 
     def transact(self, operations: Sequence[Operation]) -> None:
         if not self.lose_next:

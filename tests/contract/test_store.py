@@ -91,6 +91,19 @@ def test_sessions_that_write_read_all_that_was_answered_before(cluster):
         assert [reader.get("a").data for reader in readers] == [b"%d" % number] * 4
 
 
+def test_reads_together_see_what_reads_alone_see(cluster):
+    """A batch begins anew each time, also after an error within it."""
+    writer, reader = cluster.store(), cluster.store()
+    writer.transact([Create("a", b"0")])
+
+    for number in range(1, 10):
+        writer.transact([Set("a", b"%d" % number)])
+        reader.transact([Create(f"own-{number}", b"")])
+        with pytest.raises(KeyError), reader.together():
+            assert reader.get("a").data == b"%d" % number
+            raise KeyError
+
+
 def test_an_ephemeral_entry_goes_at_close(cluster, eventually):
     """Its owner's end is seen by others, who are woken; lasting entries stay."""
     changed = threading.Event()

@@ -147,6 +147,44 @@ def test_a_read_is_not_older_than_a_write_that_was_answered(own_ensemble):
             store.close()
 
 
+def test_reads_together_are_as_new_as_the_first_and_cost_one_sync(own_ensemble, monkeypatch):
+    """A node that lags behind catches up once for all of them; the next batch and single reads ask again."""
+    leading = own_ensemble.leader_index()
+    lagging = (leading + 1) % 3
+    reader, writer = (
+        ZooKeeperStore(f"127.0.0.1:{own_ensemble.client_ports[index]}", "/flwr-ha/test", session_timeout_s=10)
+        for index in (lagging, leading)
+    )
+    for store in (reader, writer):
+        store.start(lambda: None, timeout_s=10)
+    syncs = []
+    sync = reader._client.sync_async
+    monkeypatch.setattr(reader._client, "sync_async", lambda path: (syncs.append(path), sync(path))[1])
+    writer.transact([Create("n", b"0"), Create("m", b"0")])
+
+    def read():
+        with reader.together():
+            return [reader.get("missing"), reader.get("n").data, reader.get("m").data]
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for number in range(1, 6):
+                own_ensemble.freeze(lagging)
+                try:
+                    writer.transact([Set("n", b"%d" % number), Set("m", b"%d" % number)])
+                    reading = pool.submit(read)
+                    threading.Event().wait(0.1)  # the read is on its way by then; if not, it is no harm
+                finally:
+                    own_ensemble.thaw(lagging)
+                assert reading.result(10) == [None, b"%d" % number, b"%d" % number]
+                assert len(syncs) == number
+            pool.submit(reader.get, "n").result(10)
+            assert len(syncs) == 6
+    finally:
+        for store in (reader, writer):
+            store.close()
+
+
 def test_without_a_majority_nothing_is_promised_and_all_goes_on_afterwards(own_ensemble, stores, eventually):
     """Calls end in time with CoordinationError; when a node is back, commits go on."""
     coordinator = Coordinator(stores[0], replica_id=0, instance="first")

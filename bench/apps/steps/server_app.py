@@ -21,6 +21,10 @@ def main(grid: Grid, context: Context) -> None:
         from flwr_ha import HighlyAvailable
 
         strategy = HighlyAvailable(strategy, min_nodes=nodes)
+    if config["is-timed"]:
+        from clocks import Clocks
+
+        Clocks(Path(str(config["notes"])).with_suffix(".costs")).install()
     rng = np.random.default_rng(0)
     layers = int(config["layers"])
     size = int(config["model-bytes"]) // (4 * layers)
