@@ -225,10 +225,12 @@ class LocalCluster:
         return done.stdout
 
     def submit(self, app: Path, **run_config: object) -> str:
-        """Submit an app with ``flwr run`` and return its run id."""
+        """Submit an app with ``flwr run`` and return its run id; HaError where it is refused."""
         pairs = " ".join(f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in run_config.items())
         options = ["--run-config", pairs] if pairs else []
         answer = json.loads(self.flwr("run", str(app.absolute()), "ha", "--format", "json", *options))
+        if "run-id" not in answer:
+            raise HaError(f"flwr run says {answer}")
         return str(answer["run-id"])
 
     def get(self, path: str, *, replica_id: int | None = None) -> Any:

@@ -90,15 +90,16 @@ class Chaos:
 
     def submit(self) -> None:
         """Let the SuperNodes train, too."""
-        nodes = self.cluster.plan.supernodes
-        self._run_id = self.cluster.submit(
-            NUMPY_APP,
-            num_server_rounds=ENDLESS,
-            min_nodes=nodes,
-            strategy=STRATEGY,
-            fraction_evaluate=0.0,
-            step_s=STEP_S,
-        )
+        config = {"num_server_rounds": ENDLESS, "strategy": STRATEGY, "fraction_evaluate": 0.0, "step_s": STEP_S}
+
+        def submitted() -> str | None:
+            try:
+                return self.cluster.submit(NUMPY_APP, min_nodes=self.cluster.plan.supernodes, **config)
+            except HaError as error:  # the leadership has changed meanwhile, which a busy machine brings about
+                logger.info("%s", error)
+                return None
+
+        self._run_id = wait_until(submitted, timeout_s=HEAL_TIMEOUT_S, what="a submitted run", poll_s=1.0)
 
     def carry_out(self, plan: FaultPlan) -> bool:
         """Carry a plan out; False where the cluster did not recover, so that it makes no sense to go on."""
