@@ -24,7 +24,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="flwr-ha-chaos-"))
     print(f"chaos with seed {options.seed} for {options.seconds} s; data and logs in {folder}", flush=True)
     end_s = time.monotonic() + options.seconds
-    with started(folder, seed=options.seed, supernodes=options.supernodes) as chaos:
+    with started(
+        folder, seed=options.seed, supernodes=options.supernodes, session_timeout_s=options.session_timeout
+    ) as chaos:
         seed = options.seed
         while time.monotonic() < end_s:
             plan = draw(seed, steps=STEPS, has_supernodes=options.supernodes > 0)
@@ -61,6 +63,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0, help="how long plans are begun")
     parser.add_argument("--seed", type=int, default=7, help="of the first plan; the next ones count up")
     parser.add_argument("--supernodes", type=int, default=2, help="real SuperNodes that train as well; 0 for none")
+    parser.add_argument(
+        "--session-timeout", type=float, default=2.0, help="in seconds; what else runs here must not make leases end"
+    )
     return parser.parse_args()
 
 

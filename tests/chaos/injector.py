@@ -34,7 +34,7 @@ from tests.chaos.plans import (
 )
 
 logger = logging.getLogger(__name__)
-HEAL_TIMEOUT_S = 120.0
+HEAL_TIMEOUT_S = 240.0
 RESUME_S = 10.0  # promised in docs/guarantees.md
 PARTS = {Part.SUPERLINK: SUPERLINK, Part.SERVERAPP: SERVERAPP}
 

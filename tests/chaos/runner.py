@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -165,6 +166,11 @@ def _trained_model(rounds: int, *, nodes: int) -> str:
     return expected_model(STRATEGY, rounds=rounds, nodes=nodes)
 
 
+def _keep_events(disk: Path, folder: Path) -> None:
+    for file in disk.glob("events.jsonl*"):
+        shutil.copy(file, folder / f"{disk.name}-{file.name}")
+
+
 @contextmanager
 def started(folder: Path, *, seed: int, supernodes: int, session_timeout_s: float = 2.0) -> Iterator[Chaos]:
     """Start a cluster with small disks and links, and let a run commit."""
@@ -176,7 +182,9 @@ def started(folder: Path, *, seed: int, supernodes: int, session_timeout_s: floa
     )
     with ExitStack() as stack:
         for replica_id in range(plan.replicas):
-            stack.enter_context(own_disk(folder / "data" / f"replica-{replica_id}", DISK_BYTES))
+            disk = folder / "data" / f"replica-{replica_id}"
+            stack.enter_context(own_disk(disk, DISK_BYTES))
+            stack.callback(_keep_events, disk, folder / "logs")  # the disk is gone at the end
         links = stack.enter_context(Links())
         cluster = stack.enter_context(LinkedCluster(folder, plan, links))
         cluster.start()
