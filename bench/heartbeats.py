@@ -22,9 +22,9 @@ def measure(folder: Path, scale: Scale) -> list[Figure]:
     model_bytes = scale.pick(10_000_000, 1_000_000_000)
     with LocalCluster(folder, Plan(supernodes=2, session_timeout_s=4.0)) as cluster:
         cluster.start()
+        run_id = cluster.submit(APP, num_server_rounds=1000, min_nodes=2, model_bytes=model_bytes, layers=8)
         load = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 1)]
         try:
-            run_id = cluster.submit(APP, num_server_rounds=1000, min_nodes=2, model_bytes=model_bytes, layers=8)
             with contextlib.suppress(WaitTimeoutError):  # it goes on training: that is what is wanted
                 cluster.wait_run(run_id, lambda run: run["state"] == "failed", timeout_s=seconds, what="a failure")
             run = cluster.run(run_id) or {"server_round": 0}

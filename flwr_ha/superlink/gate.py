@@ -19,6 +19,10 @@ ACQUIRE_TASK = "/v1/runtime/acquire-task"
 # lies there until the next message comes, that of the last one for ever. Any other refusal makes it clean up.
 RECEIVING = frozenset(("/v1/fleet/pull-object", "/v1/fleet/confirm-message-received"))
 
+# Flower's SuperExec and SuperNodes ask these again and again, but end when they are answered with 500, which a database
+# that is locked for too long is a reason for.
+ASKING = frozenset((ACQUIRE_TASK, PULL))
+
 START_RUN = "/v1/control/start-run"
 
 HELD = frozenset(
@@ -167,6 +171,8 @@ class Gate:
             return
         is_public = scope["server"][1] != self._private_port
         receive = self._parking.watch(scope["path"], receive)
+        if scope["path"] in ASKING:
+            send = _restated(send, 500, 503)
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
         elif scope["path"] == ACQUIRE_TASK and not self._lease.is_valid:
@@ -176,7 +182,7 @@ class Gate:
         elif scope["path"] in HELD:
             await self._hold(scope, receive, send, is_public=is_public)
         elif scope["path"] in RECEIVING:
-            await self._app(scope, receive, _gone_if_forbidden(send))
+            await self._app(scope, receive, _restated(send, 403, 410))
         else:
             await self._app(scope, receive, send)
 
@@ -231,10 +237,12 @@ class DatabaseVersion:
         return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
 
-def _gone_if_forbidden(send: Send) -> Send:
+def _restated(send: Send, status: int, instead: int) -> Send:
+    """Put one status in the place of another that the client would take too hard."""
+
     async def forward(message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 403:
-            message = {**message, "status": 410}
+        if message["type"] == "http.response.start" and message["status"] == status:
+            message = {**message, "status": instead}
         await send(message)
 
     return forward

@@ -68,7 +68,7 @@ class Parking:
         answer = self._kept(node := node_of(body))
         if answer is None:
             answer = await self._wait(scope, body, receive)
-            if answer and not _is_empty(answer):
+            if _has_work(answer):
                 self._unconfirmed[node] = (time.monotonic(), answer)
         for message in answer:
             await send(message)
@@ -159,6 +159,10 @@ def _is_empty(answer: list[Message]) -> bool:
     """Whether Flower says that there is nothing: a success without a body."""
     status = next((message["status"] for message in answer if message["type"] == "http.response.start"), 500)
     return status == 200 and not any(message.get("body") for message in answer)
+
+
+def _has_work(answer: list[Message]) -> bool:
+    return any(message.get("status") == 200 for message in answer) and not _is_empty(answer)
 
 
 async def _body(receive: Receive) -> bytes:
