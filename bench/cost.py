@@ -28,7 +28,7 @@ STEPS = {
 
 def measure(folder: Path, scale: Scale) -> list[Figure]:
     """Train with the clock on each step; medians over rounds, the first one left out."""
-    nodes, rounds = 5, scale.pick(3, 8)
+    nodes, rounds = 5, scale.pick(3, 5)
     with LocalCluster(folder, Plan(supernodes=nodes, session_timeout_s=4.0)) as cluster:
         cluster.start()
         notes = folder / "notes"
