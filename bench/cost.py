@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def measure(folder: Path, scale: Scale) -> list[Figure]:
         cluster.start()
         notes = folder / "notes"
         seconds = train(cluster, notes, rounds, nodes, is_timed=True)
+        lines = notes.with_suffix(".costs").read_text(encoding="utf-8").splitlines()  # of rounds that are committed
         commits = {event["server_round"]: event for event in _commits(cluster)}
-    costs = list(_costs(notes.with_suffix(".costs"), commits))[1:]
+    costs = [_cost(json.loads(line), commits) for line in lines][1:]
     medians = {step: statistics.median(cost[step] for cost in costs) for step in STEPS}
     total_s, round_s = sum(medians.values()), statistics.median(seconds)
     figures = [Figure(name=f"cost of a round, 4.8 MB: {STEPS[step]}", value=medians[step], unit="s") for step in STEPS]
@@ -49,17 +50,15 @@ def _commits(cluster: LocalCluster) -> list[dict[str, Any]]:
     return [event for event in events if event["kind"] == "commit"]
 
 
-def _costs(file: Path, commits: Mapping[int, Mapping[str, Any]]) -> Iterator[dict[str, float]]:
-    """Yield the seconds of each step of each round: what the ServerApp noted, and what the replica did of its call."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        noted = json.loads(line)
-        commit = commits[noted.pop("server_round")]
-        copy_s, all_s = commit["copy_seconds"], commit["seconds"]
-        call_s = noted.pop("commit") - noted["save"]
-        yield {
-            **dict.fromkeys(STEPS, 0.0),
-            **noted,
-            "copy": copy_s,
-            "transaction": all_s - copy_s,
-            "rest": max(call_s - all_s, 0.0),
-        }
+def _cost(noted: dict[str, Any], commits: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the seconds of each step of a round: what the ServerApp noted, and what the replica did of its call."""
+    commit = commits[noted.pop("server_round")]
+    copy_s, all_s = commit["copy_seconds"], commit["seconds"]
+    call_s = noted.pop("commit") - noted["save"]
+    return {
+        **dict.fromkeys(STEPS, 0.0),
+        **noted,
+        "copy": copy_s,
+        "transaction": all_s - copy_s,
+        "rest": max(call_s - all_s, 0.0),
+    }
