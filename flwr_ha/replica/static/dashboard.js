@@ -75,7 +75,7 @@ function showSummary(cluster) {
   setClass(byId("running"), "big", running === replicas.length ? "" : 2 * running > replicas.length ? "warn" : "bad");
   const lag = Math.max(0, ...replicas.map((replica) => replica.lag_rounds ?? 0));
   const away = replicas.length - running;
-  setText(byId("lag"), away ? `running, ${away} not` : lag ? `running, up to ${lag} rounds behind` : "running, up to date");
+  setText(byId("lag"), away ? `${away} not running` : lag ? `running, up to ${lag} rounds behind` : "running, up to date");
   const open = runs.filter((run) => !isOver(run));
   const online = Math.max(0, ...runs.map((run) => run.nodes_online));
   const needed = Math.max(0, ...open.map((run) => run.min_nodes));
@@ -123,7 +123,8 @@ function showRuns(cluster) {
 
 function showReplicas(cluster) {
   const rows = cluster.replicas.map((replica) => {
-    const role = make("span", { class: replica.role === "leader" ? "chip busy" : "chip" }, replica.role);
+    const isHere = replica.state === "running" || replica.state === "starting";
+    const role = isHere ? make("span", { class: replica.role === "leader" ? "chip busy" : "chip" }, replica.role) : "–";
     const state = make("span", { class: `chip ${{ running: "good", starting: "warn" }[replica.state] ?? "bad"}` }, replica.state);
     const lag = replica.lag_rounds === null ? "?" : replica.lag_rounds === 0 ? "none" : `${replica.lag_rounds} rounds`;
     const link = make("a", { href: `${location.protocol}//${replica.api}/` }, replica.api);
