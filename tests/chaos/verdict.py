@@ -33,14 +33,19 @@ class JudgedRun:
 
 
 def gather(cluster: Cluster, runs: Sequence[JudgedRun], *, calls: Path, kills: Sequence[NodeKill]) -> Evidence:
-    """Return the evidence of all runs of a cluster; `calls` is where the clients noted what they trained."""
+    """Return the evidence of all runs of a cluster; `calls` is where the clients noted what they trained.
+
+    Runs may go on meanwhile. So each kind of evidence is read before what must confirm it: what was told before
+    what is kept, and that before what was trained for it.
+    """
+    events = events_of(cluster)
     with reader(cluster) as facts:
         history = facts.history()
         commits = {run_id: facts.commit_log(run_id) for run_id in facts.heads()}
     last = {run_id: log[-1] for run_id, log in commits.items() if log}
     judged = [run for run in runs if run.run_id in last]
     return Evidence(
-        events=events_of(cluster),
+        events=events,
         history=history,
         commits=commits,
         unreadable=_unreadable(cluster, last.values()),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flwr_ha.model import Head, LeadershipChange, Position
-from tests.chaos.evidence import Attempt, Evidence, NodeKill, trainings_in
+from tests.chaos import verdict
+from tests.chaos.evidence import Attempt, Evidence, NodeKill, Training, trainings_in
 from tests.chaos.invariants import CHECKS, Reason, broken, repeats
 from tests.chaos.links import MULTI, BlobBodies, Frames
 from tests.chaos.plans import WITH_SUPERNODES, WITHOUT_SUPERNODES, Kill, Part, draw
@@ -169,3 +172,46 @@ def test_blobs_are_found_behind_their_headers() -> None:
     assert bodies.find(b"more of it") is None
     assert bodies.find(header) is None
     assert bodies.find(b"blob") == 0
+
+
+class GoesOn:
+    """Stands for a cluster that commits one more round whenever anybody has looked at it."""
+
+    def __init__(self) -> None:
+        self.rounds = 1
+        self.replicas: dict[int, object] = {}
+
+    def looked(self, answer: Any) -> Any:
+        self.rounds += 1
+        return answer
+
+    def history(self) -> tuple[LeadershipChange, ...]:
+        return (_change(1, 0),)
+
+    def heads(self) -> dict[str, Head]:
+        return self.looked({RUN: _head(self.rounds, term=1)})
+
+    def commit_log(self, run_id: str) -> tuple[Head, ...]:
+        assert run_id == RUN
+        return self.looked(tuple(_head(each, term=1) for each in range(1, self.rounds + 1)))
+
+
+def test_a_run_that_goes_on_while_it_is_judged_is_not_blamed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that is committed between two looks is told of and kept, or not told of."""
+    cluster = GoesOn()
+
+    def told(_: GoesOn) -> tuple[dict[str, object], ...]:
+        return cluster.looked(tuple(_commit(each, 0, 1) for each in range(1, cluster.rounds + 1)))
+
+    def trained(_: Path) -> dict[Training, tuple[Attempt, ...]]:
+        return {(RUN, "partition-0", each): (FIRST,) for each in range(1, cluster.rounds + 1)}
+
+    monkeypatch.setattr(verdict, "events_of", told)
+    monkeypatch.setattr(verdict, "reader", lambda _: nullcontext(cluster))
+    monkeypatch.setattr(verdict, "trainings_in", trained)
+    monkeypatch.setattr(verdict, "_unreadable", lambda *_: {})
+    run = verdict.JudgedRun(run_id=RUN, expected=lambda rounds: f"m{rounds}", min_nodes=1)
+
+    assert broken(verdict.gather(cluster, [run], calls=tmp_path, kills=())) == ()
