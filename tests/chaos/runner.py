@@ -166,8 +166,8 @@ def _trained_model(rounds: int, *, nodes: int) -> str:
     return expected_model(STRATEGY, rounds=rounds, nodes=nodes)
 
 
-def _keep_events(disk: Path, folder: Path) -> None:
-    for file in disk.glob("events.jsonl*"):
+def _keep_logs(disk: Path, folder: Path) -> None:
+    for file in (*disk.glob("events.jsonl*"), *disk.glob("superlink.log")):
         shutil.copy(file, folder / f"{disk.name}-{file.name}")
 
 
@@ -184,7 +184,7 @@ def started(folder: Path, *, seed: int, supernodes: int, session_timeout_s: floa
         for replica_id in range(plan.replicas):
             disk = folder / "data" / f"replica-{replica_id}"
             stack.enter_context(own_disk(disk, DISK_BYTES))
-            stack.callback(_keep_events, disk, folder / "logs")  # the disk is gone at the end
+            stack.callback(_keep_logs, disk, folder / "logs")  # the disk is gone at the end
         links = stack.enter_context(Links())
         cluster = stack.enter_context(LinkedCluster(folder, plan, links))
         cluster.start()
