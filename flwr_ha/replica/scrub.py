@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from types import TracebackType
-from typing import Self
 
 from flwr_ha.errors import HaError
 from flwr_ha.replica.eventlog import EventLog
 from flwr_ha.replica.holdings import FETCH_TIMEOUT_S, Storage
+from flwr_ha.replica.periodic import Periodic
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import BlobCorruptError, BlobMissingError
 
@@ -21,8 +19,8 @@ FIRST_SCRUB_S = 3600.0  # what is only here for a few rounds need not be read ag
 DUTY = 0.05  # of one core and of the disk
 
 
-class Scrubber:
-    """Verify all blobs from time to time, slowly, in a thread of its own; a context manager.
+class Scrubber(Periodic):
+    """Verify all blobs from time to time, slowly.
 
     Parameters
     ----------
@@ -45,19 +43,14 @@ class Scrubber:
         first_s: float = FIRST_SCRUB_S,
         every_s: float = SCRUB_EVERY_S,
     ) -> None:
+        super().__init__("scrub", first_s=first_s, every_s=every_s)
         self._store = store
         self._storage = storage
         self._events = events
-        self._pauses_s = (first_s, every_s)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scrub", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()  # it is not waited for: it may be fetching a copy
+    def act(self) -> None:
+        """Make one pass."""
+        self.scrub()
 
     def scrub(self) -> None:
         """Verify each blob once; pause in between, so that no more than `DUTY` of the time is used."""
@@ -87,13 +80,3 @@ class Scrubber:
         """Have the kernel drop its cached pages: what counts is what the disk gives."""
         with self._store.open_unverified(digest) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def _run(self) -> None:
-        first_s, every_s = self._pauses_s
-        pause_s = first_s
-        while not self._stop.wait(pause_s):
-            pause_s = every_s
-            try:
-                self.scrub()
-            except Exception:
-                log.exception("copies cannot be verified this time")

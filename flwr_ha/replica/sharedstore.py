@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from flwr_ha.errors import FencedError, HaError
 from flwr_ha.replica.eventlog import EventLog
 from flwr_ha.replica.holdings import Holdings
+from flwr_ha.replica.periodic import Periodic
 from flwr_ha.storage.objectstore import ObjectStorage
 
 log = logging.getLogger(__name__)
@@ -18,8 +16,8 @@ COLLECT_EVERY_S = 600.0
 STORE_TIMEOUT_S = 600.0
 
 
-class SharedStoreCollector:
-    """Collect every ten minutes as long as this replica leads, in a thread of its own; a context manager.
+class SharedStoreCollector(Periodic):
+    """Collect every ten minutes as long as this replica leads.
 
     Parameters
     ----------
@@ -47,21 +45,17 @@ class SharedStoreCollector:
         is_leader: Callable[[], bool],
         events: EventLog,
     ) -> None:
+        super().__init__("shared-store-collector", first_s=COLLECT_EVERY_S, every_s=COLLECT_EVERY_S)
         self._storage = storage
         self._holdings = holdings
         self._identity = identity
         self._read_identity = read_identity
         self._is_leader = is_leader
         self._events = events
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shared-store-collector", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()  # it is not waited for: the store may not answer
+    def act(self) -> None:
+        """Collect once."""
+        self.collect()
 
     def collect(self) -> tuple[str, ...]:
         """Remove what is old and not needed, if this replica leads; return the digests of what was removed."""
@@ -85,10 +79,3 @@ class SharedStoreCollector:
 
     def _may_remove(self) -> bool:
         return self._is_leader() and not self._stop.is_set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(COLLECT_EVERY_S):
-            try:
-                self.collect()
-            except Exception:
-                log.exception("the shared store cannot be collected this time")
