@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from tests.chaos.campaign import conclude, seeds
 from tests.chaos.plans import draw
-from tests.chaos.runner import Report, started
+from tests.chaos.runner import started
 
 STEPS = 4
 
@@ -23,39 +22,16 @@ def main() -> int:
     logging.getLogger("tests.chaos").setLevel(logging.INFO)
     folder = Path(tempfile.mkdtemp(prefix="flwr-ha-chaos-"))
     print(f"chaos with seed {options.seed} for {options.seconds} s; data and logs in {folder}", flush=True)
-    end_s = time.monotonic() + options.seconds
     with started(
         folder, seed=options.seed, supernodes=options.supernodes, session_timeout_s=options.session_timeout
     ) as chaos:
-        seed = options.seed
-        while time.monotonic() < end_s:
+        for seed in seeds(options.seed, seconds=options.seconds):
             plan = draw(seed, steps=STEPS, has_supernodes=options.supernodes > 0)
             print(f"plan of seed {seed}", flush=True)
             if not chaos.carry_out(plan):
                 break
-            seed += 1
         report = chaos.report()
-    print(summary(report, seed=options.seed), flush=True)
-    if not report.violations:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 1 if report.violations else 0
-
-
-def summary(report: Report, *, seed: int) -> str:
-    """Return what is printed at the end."""
-    lines = [
-        f"seed {seed}: {report.plans} plans, {report.faults.total()} faults, {report.takeovers} takeovers, "
-        f"{report.rounds} committed rounds, {report.trained} client trainings, {report.repeated.total()} repeated",
-        *(f"  {count:4} x {name}" for name, count in sorted(report.faults.items())),
-        *(f"  {count:4} trainings repeated: {reason}" for reason, count in sorted(report.repeated.items())),
-    ]
-    if report.slowest_resume_s:
-        lines.append(f"  longest from ZooKeeper's majority to the next round: {report.slowest_resume_s:.1f} s")
-    if report.violations:
-        lines += ["BROKEN:", *(f"  {sentence}" for sentence in report.violations)]
-    else:
-        lines.append("every invariant holds")
-    return "\n".join(lines)
+    return conclude(report, seed=options.seed, folder=folder)
 
 
 def _options() -> argparse.Namespace:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path as File
 
 from flwr_ha.errors import HaError
 from flwr_ha.local.processes import wait_until
-from tests.chaos.__main__ import summary
+from tests.chaos.campaign import conclude, seeds
 from tests.chaos.injector import counted
 from tests.chaos.invariants import broken, repeats
 from tests.chaos.plans import FaultPlan, Path, draw_cuts
@@ -164,18 +163,15 @@ def main() -> int:
     logger.setLevel(logging.INFO)
     folder = File(tempfile.mkdtemp(prefix="flwr-ha-network-"))
     print(f"cuts with seed {options.seed} for {options.seconds} s; data and logs in {folder}", flush=True)
-    end_s, seed = time.monotonic() + options.seconds, options.seed
     with Network() as network, NetworkCluster(folder, network, session_timeout_s=3.0) as cluster:
         cluster.start()
         cluster.wait_leader(timeout_s=HEAL_TIMEOUT_S)
         chaos = NetworkChaos(cluster, options.seed)
-        while time.monotonic() < end_s and chaos.carry_out(draw_cuts(seed, steps=STEPS)):
-            seed += 1
+        for seed in seeds(options.seed, seconds=options.seconds):
+            if not chaos.carry_out(draw_cuts(seed, steps=STEPS)):
+                break
         report = chaos.report()
-    print(summary(report, seed=options.seed), flush=True)
-    if not report.violations:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 1 if report.violations else 0
+    return conclude(report, seed=options.seed, folder=folder)
 
 
 if __name__ == "__main__":

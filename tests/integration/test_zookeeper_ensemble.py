@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from flwr_ha.coordination.coordinator import Coordinator
-from flwr_ha.coordination.protocol import Check, Create, Set
+from flwr_ha.coordination.protocol import Check, Create, Operation, Set
 from flwr_ha.coordination.zookeeper import ZooKeeperStore
 from flwr_ha.errors import ConfigError, CoordinationError
 from flwr_ha.local.zookeeper import LocalEnsemble, free_ports, node_mode
@@ -35,6 +36,43 @@ def stores(own_ensemble: LocalEnsemble) -> Iterator[list[ZooKeeperStore]]:
     yield opened
     for store in opened:
         store.close()
+
+
+class Behind:
+    """A reader at a node that lags behind, and a writer at ZooKeeper's leader."""
+
+    def __init__(self, ensemble: LocalEnsemble, pool: ThreadPoolExecutor) -> None:
+        self.ensemble = ensemble
+        self.pool = pool
+        leading = ensemble.leader_index()
+        self.lagging = (leading + 1) % 3
+        self.reader, self.writer = (
+            ZooKeeperStore(f"127.0.0.1:{ensemble.client_ports[index]}", "/flwr-ha/test", session_timeout_s=10)
+            for index in (self.lagging, leading)
+        )
+
+    def read_while_written(self, news: Sequence[Operation], read: Callable[[], Any]) -> Any:
+        """Write while the reader's node is frozen; return what is read from it as it wakes up."""
+        self.ensemble.freeze(self.lagging)
+        try:
+            self.writer.transact(news)
+            reading = self.pool.submit(read)
+            threading.Event().wait(0.1)  # the read is on its way by then; if not, it is no harm
+        finally:
+            self.ensemble.thaw(self.lagging)
+        return reading.result(10)
+
+
+@pytest.fixture
+def behind(own_ensemble: LocalEnsemble) -> Iterator[Behind]:
+    """Connect the reader and the writer; all reads come from one other thread."""
+    with ThreadPoolExecutor(1) as pool:
+        pair = Behind(own_ensemble, pool)
+        for store in (pair.reader, pair.writer):
+            store.start(lambda: None, timeout_s=10)
+        yield pair
+        for store in (pair.reader, pair.writer):
+            store.close()
 
 
 def head(term: int, server_round: int) -> Head:
@@ -117,72 +155,35 @@ def test_a_leadership_holds_when_its_zookeeper_node_goes_silent(own_ensemble):
     assert shortest_s > 0
 
 
-def test_a_read_is_not_older_than_a_write_that_was_answered(own_ensemble):
+def test_a_read_is_not_older_than_a_write_that_was_answered(behind):
     """A node that lags behind gets a read together with the news: the read waits for them.
 
     Without the ``sync`` in front of each read most of the rounds read the old value.
     """
-    leading = own_ensemble.leader_index()
-    lagging = (leading + 1) % 3
-    reader, writer = (
-        ZooKeeperStore(f"127.0.0.1:{own_ensemble.client_ports[index]}", "/flwr-ha/test", session_timeout_s=10)
-        for index in (lagging, leading)
-    )
-    for store in (reader, writer):
-        store.start(lambda: None, timeout_s=10)
-    writer.transact([Create("n", b"0")])
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            for number in range(1, 6):
-                own_ensemble.freeze(lagging)
-                try:
-                    writer.transact([Set("n", b"%d" % number)])
-                    reading = pool.submit(reader.get, "n")
-                    threading.Event().wait(0.1)  # the read is on its way by then; if not, it is no harm
-                finally:
-                    own_ensemble.thaw(lagging)
-                assert reading.result(10).data == b"%d" % number
-    finally:
-        for store in (reader, writer):
-            store.close()
+    behind.writer.transact([Create("n", b"0")])
+    for number in range(1, 6):
+        found = behind.read_while_written([Set("n", b"%d" % number)], lambda: behind.reader.get("n"))
+        assert found.data == b"%d" % number
 
 
-def test_reads_together_are_as_new_as_the_first_and_cost_one_sync(own_ensemble, monkeypatch):
+def test_reads_together_are_as_new_as_the_first_and_cost_one_sync(behind, monkeypatch):
     """A node that lags behind catches up once for all of them; the next batch and single reads ask again."""
-    leading = own_ensemble.leader_index()
-    lagging = (leading + 1) % 3
-    reader, writer = (
-        ZooKeeperStore(f"127.0.0.1:{own_ensemble.client_ports[index]}", "/flwr-ha/test", session_timeout_s=10)
-        for index in (lagging, leading)
-    )
-    for store in (reader, writer):
-        store.start(lambda: None, timeout_s=10)
+    reader = behind.reader
     syncs = []
     sync = reader._client.sync_async
     monkeypatch.setattr(reader._client, "sync_async", lambda path: (syncs.append(path), sync(path))[1])
-    writer.transact([Create("n", b"0"), Create("m", b"0")])
+    behind.writer.transact([Create("n", b"0"), Create("m", b"0")])
 
     def read():
         with reader.together():
             return [reader.get("missing"), reader.get("n").data, reader.get("m").data]
 
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            for number in range(1, 6):
-                own_ensemble.freeze(lagging)
-                try:
-                    writer.transact([Set("n", b"%d" % number), Set("m", b"%d" % number)])
-                    reading = pool.submit(read)
-                    threading.Event().wait(0.1)  # the read is on its way by then; if not, it is no harm
-                finally:
-                    own_ensemble.thaw(lagging)
-                assert reading.result(10) == [None, b"%d" % number, b"%d" % number]
-                assert len(syncs) == number
-            pool.submit(reader.get, "n").result(10)
-            assert len(syncs) == 6
-    finally:
-        for store in (reader, writer):
-            store.close()
+    for number in range(1, 6):
+        news = [Set("n", b"%d" % number), Set("m", b"%d" % number)]
+        assert behind.read_while_written(news, read) == [None, b"%d" % number, b"%d" % number]
+        assert len(syncs) == number
+    behind.pool.submit(reader.get, "n").result(10)
+    assert len(syncs) == 6
 
 
 def test_without_a_majority_nothing_is_promised_and_all_goes_on_afterwards(own_ensemble, stores, eventually):
