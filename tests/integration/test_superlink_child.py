@@ -29,6 +29,7 @@ from flwr_ha.superlink.settings import SuperLinkSettings, TlsFiles
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 SLEEPER = Path(__file__).parents[1] / "apps" / "sleeper"
+SERVER_APP, SUPEREXEC = b"flwr-serverapp", b"flwr_ha.superlink.superexec"
 BIN = Path(sys.executable).parent
 
 T = TypeVar("T")
@@ -85,18 +86,18 @@ class Replica:
         return linkstate.summary(self.database)
 
     def server_apps(self) -> list[int]:
-        return server_apps_of(self.process.pid)
+        return processes_of(self.process.pid, SERVER_APP)
 
 
-def server_apps_of(pid: int) -> list[int]:
-    """Return the process ids of the ServerApps below a process."""
+def processes_of(pid: int, program: bytes) -> list[int]:
+    """Return the process ids of a program below a process."""
     found = []
     for other in procfs.descendants(pid):
         try:
             command = Path(f"/proc/{other}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"flwr-serverapp" in command and b"tether.py" not in command:
+        if program in command and b"tether.py" not in command:
             found.append(other)
     return found
 
@@ -393,10 +394,11 @@ def test_nothing_outlives_its_parent(tmp_path: Path, public: str, victim: str) -
             assert agent.stdout is not None
             child = int(agent.stdout.readline())
             flwr("run", str(SLEEPER), "ha")
-            (server_app,) = wait_until(lambda: server_apps_of(child))
+            (server_app,) = wait_until(lambda: processes_of(child, SERVER_APP))
             wait_until(lambda: linkstate.summary(folder / "a.db").runs[0].state is linkstate.TaskState.RUNNING)
-            (superexec,) = set(procfs.descendants(child)) - {server_app}
-            doomed = [child, superexec, server_app]
+            (superexec,) = processes_of(child, SUPEREXEC)
+            doomed = [child, *procfs.descendants(child)]  # a ServerApp may just have started something itself
+            assert {superexec, server_app} < set(doomed)
 
             os.kill({"agent": agent.pid, "child": child, "superexec": superexec}[victim], signal.SIGKILL)
             wait_until(lambda: not any(is_running(pid) for pid in doomed), 1.0)
