@@ -1,4 +1,4 @@
-"""Start Flower's own SuperLink app; beside `superexec` and `repeatable` the only module that knows Flower's inside."""
+"""Start Flower's own SuperLink app; with `busy`, `repeatable` and `superexec` all that knows Flower's inside."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from flwr.proto.control_pb2 import StartRunResponse
 from flwr.superlink import main as superlink
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
+from flwr_ha.superlink.busy import make_patient
 from flwr_ha.superlink.parking import App
 from flwr_ha.superlink.repeatable import make_repeatable
 
 cli = importlib.import_module("flwr.superlink.cli.flower_superlink")  # the package exports a function by this name
 
-BUSY_TIMEOUT_MS = 20_000
 OnReport = Callable[[dict[str, Any] | None], None]
 
 
@@ -68,19 +68,8 @@ def create_app(*, database: Path, port: int, has_supernode_auth: bool, on_report
             super().shutdown()
 
     make_repeatable()
-    wait_for_the_database()
+    make_patient()
     return cast(App, superlink.create_app(_config(database, port, has_supernode_auth), Lifespan))
-
-
-def wait_for_the_database() -> None:
-    """Let Flower's requests wait for their turn to write; called before its databases are opened.
-
-    Flower gives a request up after 5 s, which the messages of a big model take on a busy disk, and answers 500: its
-    SuperNodes and its SuperExec end then. Its clients wait for 30 s.
-    """
-    sql_mixin: Any = importlib.import_module("flwr.supercore.sql_mixin")
-    pragmas = [(name, value) for name, value in sql_mixin.SQLITE_PRAGMAS if name != "busy_timeout"]
-    sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", str(BUSY_TIMEOUT_MS)), *pragmas)
 
 
 def started_run(answer: bytes) -> str:

@@ -19,10 +19,6 @@ ACQUIRE_TASK = "/v1/runtime/acquire-task"
 # lies there until the next message comes, that of the last one for ever. Any other refusal makes it clean up.
 RECEIVING = frozenset(("/v1/fleet/pull-object", "/v1/fleet/confirm-message-received"))
 
-# Flower's SuperExec and SuperNodes ask these again and again, but end when they are answered with 500, which a database
-# that is locked for too long is a reason for.
-ASKING = frozenset((ACQUIRE_TASK, PULL))
-
 START_RUN = "/v1/control/start-run"
 
 HELD = frozenset(
@@ -171,8 +167,6 @@ class Gate:
             return
         is_public = scope["server"][1] != self._private_port
         receive = self._parking.watch(scope["path"], receive)
-        if scope["path"] in ASKING:
-            send = _restated(send, 500, 503)
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
         elif scope["path"] == ACQUIRE_TASK and not self._lease.is_valid:

@@ -22,14 +22,11 @@ with warnings.catch_warnings():  # raised by the libraries that Flower imports
     warnings.simplefilter("ignore", DeprecationWarning)
     from fastapi import FastAPI
     from fastapi.routing import iter_route_contexts
-    from flwr.supercore import sql_mixin
     from flwr.supercore.fab import Fab
     from flwr.supercore.routers.runtime import create_runtime_router, responses_router
     from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
     from flwr.superlink.routers.control import router as control_router
     from flwr.superlink.routers.fleet.router import router as fleet_router
-
-    from flwr_ha.superlink import flower
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Flower's own migrations
 
@@ -97,16 +94,6 @@ def test_fresh_database_has_the_known_schema(sites: tuple[Site, Site]) -> None:
     """Flower's migrations end at the tables and columns that we know."""
     with closing(sqlite3.connect(sites[0].database)) as connection:
         assert schema.check_schema(connection)[0] in schema.KNOWN_SCHEMAS
-
-
-def test_requests_wait_for_their_turn_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages of a big model keep the database locked for longer than the 5 s after which Flower gives up."""
-    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
-    flower.wait_for_the_database()
-    state = Site(tmp_path / "patient", {}).state
-
-    assert state.query("PRAGMA busy_timeout") == [{"timeout": flower.BUSY_TIMEOUT_MS}]
-    assert state.query("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
 
 
 def test_unknown_schema_is_refused_both_ways(sites: tuple[Site, Site]) -> None:

@@ -96,23 +96,6 @@ def test_public_is_served_only_under_a_lease(lease: Lease) -> None:
     _run(test)
 
 
-@pytest.mark.parametrize("path", sorted(gate.ASKING))
-def test_failure_of_flower_does_not_end_those_who_ask_for_work(lease: Lease, path: str) -> None:
-    """SuperNodes and SuperExec try again after 503, and end after 500; they are not given the failure twice."""
-
-    async def test() -> None:
-        lease.deadline_s = time.monotonic() + 60.0
-        app = Flower(agent := Agent(), 500)
-        served = _gate(app, lease, agent)
-        assert (await _request(served, path))[0] == 503
-        app.status = 200
-        assert await _request(served, path) == (200, b"the answer")
-        app.status = 500
-        assert (await _request(served, "/v1/fleet/push-messages"))[0] == 500
-
-    _run(test)
-
-
 @pytest.mark.parametrize("path", sorted(gate.RECEIVING))
 def test_message_of_a_run_that_is_not_running_is_gone(lease: Lease, path: str) -> None:
     """Forbidden would make the SuperNode train on it, and be one reply late from then on."""
