@@ -16,8 +16,11 @@ ACQUIRE_TASK = "/v1/runtime/acquire-task"
 
 # A SuperNode asks these while it takes a message in. Flower forbids them until the run's ServerApp runs again after a
 # failover; the SuperNode then forgets the message but trains on it all the same, and from then on each of its replies
-# lies there until the next message comes, that of the last one for ever. Any other refusal makes it clean up.
-RECEIVING = frozenset(("/v1/fleet/pull-object", "/v1/fleet/confirm-message-received"))
+# lies there until the next message comes, that of the last one for ever. While parts are missing nothing can have been
+# trained: the message is gone, and the SuperNode cleans up. Once it has all parts, it may have its reply already, even
+# before it confirms: it is told that all is well, sends the reply, and learns then that nobody waits for it.
+PULL_OBJECT = "/v1/fleet/pull-object"
+CONFIRM = "/v1/fleet/confirm-message-received"
 
 START_RUN = "/v1/control/start-run"
 
@@ -127,7 +130,7 @@ class Gate:
     A request that came in on a public socket is served only while the lease runs; a changing request is answered
     only once its change is replicated; SuperExec gets no work while the replica does not lead. A SuperNode that asks
     for work waits for it, see `Parking`. Besides, a SuperNode that takes a message of the last leader in is told that
-    it is gone, see `RECEIVING`.
+    it is gone, or that all is well, see `PULL_OBJECT`.
 
     Parameters
     ----------
@@ -175,8 +178,10 @@ class Gate:
             await self._parking.pull(scope, receive, send)
         elif scope["path"] in HELD:
             await self._hold(scope, receive, send, is_public=is_public)
-        elif scope["path"] in RECEIVING:
+        elif scope["path"] == PULL_OBJECT:
             await self._app(scope, receive, _restated(send, 403, 410))
+        elif scope["path"] == CONFIRM:
+            await self._app(scope, receive, _unless_forbidden(send))
         else:
             await self._app(scope, receive, send)
 
@@ -207,10 +212,7 @@ class Gate:
                 await self._app(scope, receive, send)
                 return
             await asyncio.sleep(_LEASE_POLL_S)
-        # An empty protobuf message: there is no task.
-        headers = [(b"content-type", b"application/x-protobuf"), (b"content-length", b"0")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+        await _send_empty(send)  # there is no task
 
 
 class DatabaseVersion:
@@ -240,6 +242,28 @@ def _restated(send: Send, status: int, instead: int) -> Send:
         await send(message)
 
     return forward
+
+
+def _unless_forbidden(send: Send) -> Send:
+    """Put an empty answer in the place of 403."""
+    is_forbidden = False
+
+    async def forward(message: Message) -> None:
+        nonlocal is_forbidden
+        if message["type"] == "http.response.start" and message["status"] == 403:
+            is_forbidden = True
+            await _send_empty(send)
+        elif not is_forbidden:
+            await send(message)
+
+    return forward
+
+
+async def _send_empty(send: Send) -> None:
+    """Send a protobuf message in which nothing is set."""
+    headers = [(b"content-type", b"application/x-protobuf"), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _refuse(send: Send, why: str) -> None:

@@ -32,6 +32,7 @@ GUARDS = [
     "tests/unit/test_serverapp_aggregation.py",
     "tests/integration/test_linkstate.py",
     "tests/integration/test_busy_database.py",
+    "tests/integration/test_old_message.py",
     "tests/integration/test_superlink_child.py::test_standby_refuses_the_public",
     "tests/integration/test_superlink_child.py::test_registration_is_acknowledged_only_when_replicated",
     "tests/integration/test_superlink_child.py::test_killed_serverapp_is_started_again",

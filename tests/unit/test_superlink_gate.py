@@ -96,15 +96,18 @@ def test_public_is_served_only_under_a_lease(lease: Lease) -> None:
     _run(test)
 
 
-@pytest.mark.parametrize("path", sorted(gate.RECEIVING))
-def test_message_of_a_run_that_is_not_running_is_gone(lease: Lease, path: str) -> None:
-    """Forbidden would make the SuperNode train on it, and be one reply late from then on."""
+def test_supernode_that_takes_an_old_message_in_stays_in_step(lease: Lease) -> None:
+    """Forbidden would make it train, and be one reply late from then on; it cleans up, or sends its reply in vain."""
 
     async def test() -> None:
         lease.deadline_s = time.monotonic() + 60.0
-        assert (await _request(_gate(Flower(agent := Agent(), 403), lease, agent), path))[0] == 410
-        assert (await _request(_gate(Flower(agent, 403), lease, agent), "/v1/fleet/push-messages"))[0] == 403
-        assert (await _request(_gate(Flower(agent), lease, agent), path))[0] == 200
+        forbidding = _gate(Flower(agent := Agent(), 403), lease, agent)
+        assert await _request(forbidding, gate.PULL_OBJECT) == (410, b"the answer")
+        assert await _request(forbidding, gate.CONFIRM) == (200, b"")
+        assert (await _request(forbidding, "/v1/fleet/push-messages"))[0] == 403
+        for path in (gate.PULL_OBJECT, gate.CONFIRM):
+            assert await _request(_gate(Flower(agent), lease, agent), path) == (200, b"the answer")
+            assert (await _request(_gate(Flower(agent, 401), lease, agent), path))[0] == 401
 
     _run(test)
 
