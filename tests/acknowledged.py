@@ -113,7 +113,8 @@ def _kill_at(mark: str, command: list[str], cluster: LocalCluster, leader: int, 
 
 
 def _known_runs(cluster: LocalCluster) -> set[str]:
-    listed = json.loads(cluster.flwr("ls", "ha", "--format", "json", timeout_s=120.0))["runs"]
+    # Without a limit it lists the newest 20.
+    listed = json.loads(cluster.flwr("ls", "ha", "--limit", "100000", "--format", "json", timeout_s=120.0))["runs"]
     return {str(run["run-id"]) for run in listed}
 
 
