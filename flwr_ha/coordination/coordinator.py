@@ -63,6 +63,7 @@ class Coordinator(Ledger):
         self._instance = instance
         self._publish_lock = threading.Lock()
         self._record_version: int | None = None  # None: read it before the next write
+        self._record_data = b""  # of that version
 
     def identity(self) -> str:
         """Return a text that the coordinator has kept since it first knew this cluster, and that no other cluster has.
@@ -233,15 +234,20 @@ class Coordinator(Ledger):
                 version = self._record_version
                 if version is None:
                     version = self._read_record_version(leadership)
-                write = Create(key, data, is_ephemeral=True) if version < 0 else Set(key, data, version)
-                self._record_version = None
+                operation: Operation = Set(key, data, version)
+                if version < 0:
+                    operation = Create(key, data, is_ephemeral=True)
+                elif data == self._record_data:
+                    operation = Check(key, version)  # as good a proof, and wakes nobody
+                self._record_version, self._record_data = None, b""
                 try:
-                    self._store.transact([*checks, write])
+                    self._store.transact([*checks, operation])
                 except ConflictError:
                     if leadership is not None:
                         self._require_leading(leadership)
                     continue  # our record went with a lost session, or another start took its place
-                self._record_version = version + 1
+                self._record_version = version if isinstance(operation, Check) else version + 1
+                self._record_data = data
                 return
 
     def _read_record_version(self, leadership: Leadership | None) -> int:

@@ -165,7 +165,7 @@ class Pulse:
         self._agent.post(self._seen(view))
 
     def _publish(self, record: Record) -> None:
-        """Write the own record when it changed, and now and then: each write wakes the others."""
+        """Write the own record when it changed, and look now and then whether it is still there."""
         now_s = time.monotonic()
         if record != self._published or now_s - self._published_s > 4 * self._interval_s:
             self._coordinator.publish(record)

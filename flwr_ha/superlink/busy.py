@@ -44,7 +44,7 @@ _CallNext = Callable[[Request], Awaitable[Response]]
 
 def make_patient() -> None:
     """Change Flower's answers to what its database refuses; called before its app is made and its database opened."""
-    _wait_for_the_database()
+    _set_pragmas()
     event.listen(Engine, "handle_error", _note)
     for module, name in _IN_PARTS:
         _replace(module, name, _as_a_whole)
@@ -54,14 +54,16 @@ def make_patient() -> None:
     superlink.http_error_translator = _translator(superlink.http_error_translator)
 
 
-def _wait_for_the_database() -> None:
+def _set_pragmas() -> None:
     """Let requests wait for their turn to write for 20 s, of the 30 s that clients wait, instead of Flower's 5 s.
 
-    The messages of a big model take that long on a busy disk.
+    The messages of a big model take that long on a busy disk. Nothing waits for the disk itself: no other life of a
+    SuperLink reads this database, and what must outlive it is on the disks of a majority before its answer goes out.
     """
     sql_mixin: Any = importlib.import_module("flwr.supercore.sql_mixin")
-    pragmas = [(name, value) for name, value in sql_mixin.SQLITE_PRAGMAS if name != "busy_timeout"]
-    sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", str(BUSY_TIMEOUT_MS)), *pragmas)
+    ours = {"busy_timeout": str(BUSY_TIMEOUT_MS), "synchronous": "OFF"}
+    others = [(name, value) for name, value in sql_mixin.SQLITE_PRAGMAS if name not in ours]
+    sql_mixin.SQLITE_PRAGMAS = (*ours.items(), *others)
 
 
 def _replace(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flwr_ha.coordination.coordinator import Coordinator
+from flwr_ha.coordination.values import replica_key
 from flwr_ha.errors import CheckpointError, ConfigError, FencedError
 from flwr_ha.model import Position
 
@@ -292,6 +293,36 @@ def test_renewing_proves_the_lease_and_publishes(pair):
 
     assert before_s + store.session_timeout_s / 3 < until_s <= after_s + store.lease_s
     assert second.replicas()[0]["lag"] == 3
+
+
+def test_renewing_writes_only_what_has_changed(pair, cluster):
+    """Each write wakes all other replicas; a check in the same transaction proves as much."""
+    first, second, _ = pair
+    watcher = cluster.store()
+    first.join(RECORD, wait_timeout_s=0)
+    leadership = first.campaign("start")
+    first.renew(leadership, RECORD)
+    before = watcher.get(replica_key(0))
+
+    for _ in range(3):
+        first.renew(leadership, RECORD)
+        first.publish(RECORD)
+    assert watcher.get(replica_key(0)) == before
+    first.renew(leadership, {"lag": 4})
+    assert watcher.get(replica_key(0)).version == before.version + 1
+    assert second.replicas()[0]["lag"] == 4
+
+
+def test_an_unchanged_record_is_published_anew_after_a_lost_session(pair, cluster, insist, eventually):
+    """The check finds that it is gone."""
+    first, second, store = pair
+    first.join(RECORD, wait_timeout_s=0)
+    cluster.lose_session(store)
+    eventually(lambda: second.replicas() == {}, what="the end of the record")
+
+    insist(first.publish, RECORD)
+
+    assert second.replicas()[0]["address"] == RECORD["address"]
 
 
 def test_renewing_after_the_session_was_lost_is_fenced(pair, cluster, insist):

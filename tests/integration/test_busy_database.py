@@ -63,9 +63,10 @@ def failing_once(monkeypatch: pytest.MonkeyPatch, state: Any, method: str) -> li
     return calls
 
 
-def test_requests_wait_for_their_turn_to_write(node: Node) -> None:
+def test_requests_wait_for_their_turn_to_write_and_not_for_the_disk(node: Node) -> None:
     """Messages of a big model keep the database locked for longer than the 5 s after which Flower gives up."""
     assert node.state.query("PRAGMA busy_timeout") == [{"timeout": busy.BUSY_TIMEOUT_MS}]
+    assert node.state.query("PRAGMA synchronous") == [{"synchronous": 0}]
     assert node.state.query("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
 
 
