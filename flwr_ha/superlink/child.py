@@ -29,6 +29,7 @@ from flwr_ha.superlink.gate import DatabaseVersion, Gate, Replication
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.public import PublicListener
 from flwr_ha.superlink.tasks import stop_run
+from flwr_ha.superlink.taskwait import PendingTasks
 from flwr_ha.superlink.tether import die_with_parent
 from flwr_ha.superlink.watch import unsigned
 
@@ -99,6 +100,7 @@ class Child:
             private_port=self._private_port,
             replication=self._replication,
             withdraw=lambda answer: self._withdraw(flower.started_run(answer)),
+            has_task=PendingTasks(self._database),
         )
         self._server = flower.Server(gate, on_started=self._started)
         await self._server.serve(sockets=[self._private])

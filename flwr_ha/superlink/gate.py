@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.parking import PULL, App, Message, Parking, Receive, Scope, Send
+from flwr_ha.superlink.taskwait import TaskWait, send_empty
 
 ACQUIRE_TASK = "/v1/runtime/acquire-task"
 
@@ -55,9 +55,6 @@ HELD = frozenset(
     + [f"/v1/fleet/{name}" for name in ("register-node", "activate-node", "deactivate-node", "unregister-node")]
     + [f"/v1/runtime/{name}" for name in ("push-task-output", "create-task", "start-automation")]
 )
-
-_LEASE_POLL_S = 0.02
-_STANDBY_ANSWER_S = 10.0  # well below the 30 s after which Flower's clients give a request up
 
 
 class Replication:
@@ -128,8 +125,8 @@ class Gate:
     """Wrap Flower's app in the rules of a replica.
 
     A request that came in on a public socket is served only while the lease runs; a changing request is answered
-    only once its change is replicated; SuperExec gets no work while the replica does not lead. A SuperNode that asks
-    for work waits for it, see `Parking`. Besides, a SuperNode that takes a message of the last leader in is told that
+    only once its change is replicated; SuperExec gets no work while the replica does not lead. Who asks for work waits
+    for it, see `Parking` and `TaskWait`. Besides, a SuperNode that takes a message of the last leader in is told that
     it is gone, or that all is well, see `PULL_OBJECT`.
 
     Parameters
@@ -145,6 +142,8 @@ class Gate:
     withdraw : callable
         Gets Flower's answer to a new run that could not be made safe, and takes the run back: its user
         is told to submit it again, and would have it twice. May block.
+    has_task : callable
+        Whether a task waits for SuperExec, which is asked only then, and now and then.
     """
 
     def __init__(
@@ -155,6 +154,7 @@ class Gate:
         private_port: int,
         replication: Replication,
         withdraw: Callable[[bytes], None] = lambda _: None,
+        has_task: Callable[[], bool] = lambda: True,
     ) -> None:
         self._withdraw = withdraw
         self._app = app
@@ -162,6 +162,7 @@ class Gate:
         self._private_port = private_port
         self._replication = replication
         self._parking = Parking(app, is_open=lambda: lease.is_valid)
+        self._tasks = TaskWait(app, lease, has_task)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -169,11 +170,11 @@ class Gate:
             await self._app(scope, receive, send)
             return
         is_public = scope["server"][1] != self._private_port
-        receive = self._parking.watch(scope["path"], receive)
+        receive = self._parking.watch(scope["path"], _in_one_piece(receive))
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
-        elif scope["path"] == ACQUIRE_TASK and not self._lease.is_valid:
-            await self._hold_superexec(scope, receive, send)
+        elif scope["path"] == ACQUIRE_TASK:
+            await self._tasks.acquire(scope, receive, send)
         elif scope["path"] == PULL:
             await self._parking.pull(scope, receive, send)
         elif scope["path"] in HELD:
@@ -204,16 +205,6 @@ class Gate:
             for message in held:
                 await send(message)
 
-    async def _hold_superexec(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let SuperExec wait while the replica stands by: no work, no polling, no error that makes it back off."""
-        give_up_s = time.monotonic() + _STANDBY_ANSWER_S
-        while time.monotonic() < give_up_s:
-            if self._lease.is_valid:
-                await self._app(scope, receive, send)
-                return
-            await asyncio.sleep(_LEASE_POLL_S)
-        await _send_empty(send)  # there is no task
-
 
 class DatabaseVersion:
     """Tell whether anybody has written to the SuperLink's database.
@@ -231,6 +222,28 @@ class DatabaseVersion:
     def __call__(self) -> int:
         """Return a number that is another one after each change."""
         return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+
+def _in_one_piece(receive: Receive) -> Receive:
+    """Give the body of a request as one message, as Flower wants it in the end.
+
+    It comes in pieces of a TCP segment or so, and each of them would go through seven layers of Flower's app.
+    """
+    is_read = False
+
+    async def whole() -> Message:
+        nonlocal is_read
+        pieces: list[bytes] = []
+        while True:
+            message = await receive()
+            if is_read or message["type"] != "http.request":
+                return message
+            pieces.append(message.get("body", b""))
+            if not message.get("more_body"):
+                is_read = True
+                return {**message, "body": b"".join(pieces), "more_body": False}
+
+    return whole
 
 
 def _restated(send: Send, status: int, instead: int) -> Send:
@@ -252,18 +265,11 @@ def _unless_forbidden(send: Send) -> Send:
         nonlocal is_forbidden
         if message["type"] == "http.response.start" and message["status"] == 403:
             is_forbidden = True
-            await _send_empty(send)
+            await send_empty(send)
         elif not is_forbidden:
             await send(message)
 
     return forward
-
-
-async def _send_empty(send: Send) -> None:
-    """Send a protobuf message in which nothing is set."""
-    headers = [(b"content-type", b"application/x-protobuf"), (b"content-length", b"0")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
 
 
 async def _refuse(send: Send, why: str) -> None:

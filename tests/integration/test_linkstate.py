@@ -17,6 +17,7 @@ import pytest
 from flwr_ha.errors import ConfigError
 from flwr_ha.superlink import gate, linkstate, schema
 from flwr_ha.superlink.linkstate import TaskState
+from flwr_ha.superlink.taskwait import PendingTasks
 
 with warnings.catch_warnings():  # raised by the libraries that Flower imports
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -94,6 +95,21 @@ def test_fresh_database_has_the_known_schema(sites: tuple[Site, Site]) -> None:
     """Flower's migrations end at the tables and columns that we know."""
     with closing(sqlite3.connect(sites[0].database)) as connection:
         assert schema.check_schema(connection)[0] in schema.KNOWN_SCHEMAS
+
+
+def test_waiting_task_is_seen(sites: tuple[Site, Site]) -> None:
+    """SuperExec is answered then, and not asked for as long as there is none."""
+    site = sites[0]
+    has_task = PendingTasks(site.database)
+    assert not has_task()
+    task_id = site.task_of(site.add_run())
+    assert has_task()
+    assert site.state.claim_task(task_id)
+    assert not has_task()
+    second = site.add_run(b"another app")
+    assert has_task()
+    assert linkstate.stop_run(site.database, str(second), reason="a test")
+    assert not has_task()
 
 
 def test_unknown_schema_is_refused_both_ways(sites: tuple[Site, Site]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flwr_ha.superlink import gate
+from flwr_ha.superlink import gate, taskwait
 from flwr_ha.superlink.gate import Gate, Replication
 from flwr_ha.superlink.lease import Lease
 
@@ -282,10 +282,10 @@ def test_superexec_gets_no_work_without_a_lease(lease: Lease, monkeypatch: pytes
     async def test() -> None:
         app = Flower(agent := Agent())
         served = _gate(app, lease, agent)
-        monkeypatch.setattr(gate, "_STANDBY_ANSWER_S", 0.03)
+        monkeypatch.setattr(taskwait, "_STANDBY_ANSWER_S", 0.03)
         assert await _request(served, gate.ACQUIRE_TASK, PRIVATE) == (200, b"")
         assert app.calls == 0
-        monkeypatch.setattr(gate, "_STANDBY_ANSWER_S", 60.0)
+        monkeypatch.setattr(taskwait, "_STANDBY_ANSWER_S", 60.0)
         request = asyncio.create_task(_request(served, gate.ACQUIRE_TASK, PRIVATE))
         await _settled()
         assert not request.done()
@@ -293,3 +293,56 @@ def test_superexec_gets_no_work_without_a_lease(lease: Lease, monkeypatch: pytes
         assert await request == (200, b"the answer")
 
     _run(test)
+
+
+def test_superexec_waits_for_a_task(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower is asked when there is one, and now and then for what it has to look after."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        tasks: list[str] = []
+        app = Flower(agent := Agent())
+        served = Gate(
+            app, lease=lease, private_port=PRIVATE, replication=agent.replication, has_task=lambda: bool(tasks)
+        )
+        monkeypatch.setattr(taskwait, "_LEADER_ASKS_S", 60.0)
+        request = asyncio.create_task(_request(served, gate.ACQUIRE_TASK, PRIVATE))
+        await asyncio.sleep(0.05)
+        assert app.calls == 0
+        tasks.append("a task")
+        assert await request == (200, b"the answer")
+        tasks.clear()
+        monkeypatch.setattr(taskwait, "_LEADER_ASKS_S", 0.03)
+        assert await _request(served, gate.ACQUIRE_TASK, PRIVATE) == (200, b"the answer")
+
+    _run(test)
+
+
+@pytest.mark.parametrize("pieces", [[b""], [b"abc"], [b"a", b"", b"bc"], [b"abc", b""]])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_body_reaches_flower_in_one_piece(lease: Lease, pieces: list[bytes], is_whole: bool) -> None:
+    """One that ends in the middle is no body; what comes after it is passed on."""
+    seen: list[Any] = []
+    rest = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    if is_whole:
+        rest[-1]["more_body"] = False
+
+    async def app(_: gate.Scope, receive: gate.Receive, send: gate.Send) -> None:
+        seen.extend([await receive(), await receive()])
+
+    async def receive() -> Any:
+        return rest.pop(0) if rest else {"type": "http.disconnect"}
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        served = _gate(app, lease, Agent())
+        await served({"type": "http", "path": "/v1/fleet/push-object", "server": ("", PUBLIC)}, receive, _ignore)
+
+    _run(test)
+    end = {"type": "http.disconnect"}
+    body = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
+    assert seen == ([body, end] if is_whole else [end, end])
+
+
+async def _ignore(_: Any) -> None:
+    """Take an answer."""
