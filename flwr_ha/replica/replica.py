@@ -157,6 +157,8 @@ class Replica:
         view = self.pulse.sight.view
         if view.leader is None:
             raise RefusedError("there is no leader to take over from")
+        if candidate == view.leader.replica_id:
+            raise RefusedError(f"replica {candidate} leads already")
         standbys = running_replicas(view) - {view.leader.replica_id}
         if candidate is not None and candidate not in standbys:
             raise RefusedError(f"replica {candidate} is not a healthy standby")

@@ -61,6 +61,7 @@ def test_operators_day_on_an_embedded_cluster(tmp_path):
         candidate = next(n for n in cluster.replicas if n != old)
         refused = ha(config, "switchover", "--candidate", str(old))
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert f"replica {old} leads already" in refused.stderr
         after = ha_json(config, "switchover", "--candidate", str(candidate))
         assert after["leader"] == candidate
         assert ha_json(config, "history")[-1]["leader"] == candidate
