@@ -79,15 +79,20 @@ def test_checks_see_earlier_operations_of_the_same_transaction(cluster):
     assert store.get("a") == Versioned(b"x", 1)
 
 
-def test_sessions_that_write_read_all_that_was_answered_before(cluster):
-    """That is why a new leader, whose election is a write, cannot miss a commit of the term before."""
+@pytest.mark.parametrize("is_checking", [False, True])
+def test_sessions_that_write_read_all_that_was_answered_before(cluster, is_checking):
+    """That is why a new leader, whose election is a write, cannot miss a commit of the term before.
+
+    A transaction that only checks is as good: a heartbeat of a leader whose record has not changed is one.
+    """
     writer, readers = cluster.store(), [cluster.store() for _ in range(4)]
     writer.transact([Create("a", b"0"), *(Create(f"own-{index}", b"") for index in range(4))])
 
     for number in range(1, 30):
         writer.transact([Set("a", b"%d" % number)])
         for index, reader in enumerate(readers):
-            reader.transact([Set(f"own-{index}", b"%d" % number)])
+            key = f"own-{index}"
+            reader.transact([Check(key, 0) if is_checking else Set(key, b"%d" % number)])
         assert [reader.get("a").data for reader in readers] == [b"%d" % number] * 4
 
 
