@@ -19,8 +19,8 @@ from flwr.proto.control_pb2 import StartRunResponse
 from flwr.superlink import main as superlink
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
+from flwr_ha.superlink.asgi import App
 from flwr_ha.superlink.busy import make_patient
-from flwr_ha.superlink.parking import App
 from flwr_ha.superlink.repeatable import make_repeatable
 
 cli = importlib.import_module("flwr.superlink.cli.flower_superlink")  # the package exports a function by this name

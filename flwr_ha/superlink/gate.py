@@ -8,9 +8,11 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from flwr_ha.superlink.asgi import App, Message, Receive, Scope, Send, in_one_piece, restated, unless_forbidden
 from flwr_ha.superlink.lease import Lease
-from flwr_ha.superlink.parking import PULL, App, Message, Parking, Receive, Scope, Send
-from flwr_ha.superlink.taskwait import TaskWait, send_empty
+from flwr_ha.superlink.objectwait import ObjectWait
+from flwr_ha.superlink.parking import PULL, Parking
+from flwr_ha.superlink.taskwait import TaskWait
 
 ACQUIRE_TASK = "/v1/runtime/acquire-task"
 
@@ -20,6 +22,8 @@ ACQUIRE_TASK = "/v1/runtime/acquire-task"
 # trained: the message is gone, and the SuperNode cleans up. Once it has all parts, it may have its reply already, even
 # before it confirms: it is told that all is well, sends the reply, and learns then that nobody waits for it.
 PULL_OBJECT = "/v1/fleet/pull-object"
+PULL_OBJECT_OF_REPLY = "/v1/runtime/pull-object"
+PUSH_OBJECT = frozenset(("/v1/fleet/push-object", "/v1/runtime/push-object"))
 CONFIRM = "/v1/fleet/confirm-message-received"
 
 START_RUN = "/v1/control/start-run"
@@ -162,6 +166,7 @@ class Gate:
         self._private_port = private_port
         self._replication = replication
         self._parking = Parking(app, is_open=lambda: lease.is_valid)
+        self._objects = ObjectWait(app, is_open=lambda: lease.is_valid)
         self._tasks = TaskWait(app, lease, has_task)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,7 +175,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         is_public = scope["server"][1] != self._private_port
-        receive = self._parking.watch(scope["path"], _in_one_piece(receive))
+        receive = self._parking.watch(scope["path"], in_one_piece(receive))
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
         elif scope["path"] == ACQUIRE_TASK:
@@ -180,9 +185,13 @@ class Gate:
         elif scope["path"] in HELD:
             await self._hold(scope, receive, send, is_public=is_public)
         elif scope["path"] == PULL_OBJECT:
-            await self._app(scope, receive, _restated(send, 403, 410))
+            await self._objects.pull(scope, receive, restated(send, 403, 410))
+        elif scope["path"] == PULL_OBJECT_OF_REPLY:
+            await self._objects.pull(scope, receive, send)
+        elif scope["path"] in PUSH_OBJECT:
+            await self._objects.push(scope, receive, send)
         elif scope["path"] == CONFIRM:
-            await self._app(scope, receive, _unless_forbidden(send))
+            await self._app(scope, receive, unless_forbidden(send))
         else:
             await self._app(scope, receive, send)
 
@@ -222,54 +231,6 @@ class DatabaseVersion:
     def __call__(self) -> int:
         """Return a number that is another one after each change."""
         return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-
-
-def _in_one_piece(receive: Receive) -> Receive:
-    """Give the body of a request as one message, as Flower wants it in the end.
-
-    It comes in pieces of a TCP segment or so, and each of them would go through seven layers of Flower's app.
-    """
-    is_read = False
-
-    async def whole() -> Message:
-        nonlocal is_read
-        pieces: list[bytes] = []
-        while True:
-            message = await receive()
-            if is_read or message["type"] != "http.request":
-                return message
-            pieces.append(message.get("body", b""))
-            if not message.get("more_body"):
-                is_read = True
-                return {**message, "body": b"".join(pieces), "more_body": False}
-
-    return whole
-
-
-def _restated(send: Send, status: int, instead: int) -> Send:
-    """Put one status in the place of another that the client would take too hard."""
-
-    async def forward(message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == status:
-            message = {**message, "status": instead}
-        await send(message)
-
-    return forward
-
-
-def _unless_forbidden(send: Send) -> Send:
-    """Put an empty answer in the place of 403."""
-    is_forbidden = False
-
-    async def forward(message: Message) -> None:
-        nonlocal is_forbidden
-        if message["type"] == "http.response.start" and message["status"] == 403:
-            is_forbidden = True
-            await send_empty(send)
-        elif not is_forbidden:
-            await send(message)
-
-    return forward
 
 
 async def _refuse(send: Send, why: str) -> None:

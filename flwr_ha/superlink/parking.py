@@ -10,14 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +49,7 @@ class Parking:
         self._app = app
         self._is_open = is_open
         self._hold_s = hold_s
-        self._news: asyncio.Future[None] | None = None
+        self._news = News()
         self._timer: asyncio.TimerHandle | None = None
         self._has_met = False
         self._unconfirmed: dict[bytes, tuple[float, list[Message]]] = {}
@@ -64,7 +59,7 @@ class Parking:
         if not self._has_met:
             self._has_met = True
             logger.info("the first SuperNode asks for work")
-        body = await _body(receive)
+        body = await body_of(receive)
         answer = self._kept(node := node_of(body))
         if answer is None:
             answer = await self._wait(scope, body, receive)
@@ -92,8 +87,8 @@ class Parking:
         hung_up = asyncio.ensure_future(_until_hung_up(receive))
         try:
             while True:
-                news = self._coming_news()  # before the question: what comes meanwhile counts
-                answer = await self._ask(scope, body)
+                news = self._news.coming()  # before the question: what comes meanwhile counts
+                answer = await ask(self._app, scope, body)
                 rest_s = give_up_s - time.monotonic()
                 if not _is_empty(answer) or rest_s <= 0 or not self._is_open():
                     return answer
@@ -105,34 +100,11 @@ class Parking:
         finally:
             hung_up.cancel()
 
-    async def _ask(self, scope: Scope, body: bytes) -> list[Message]:
-        answer: list[Message] = []
-        is_read = False
-
-        async def receive() -> Message:
-            nonlocal is_read
-            if is_read:
-                return {"type": "http.disconnect"}
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        async def send(message: Message) -> None:
-            answer.append(message)
-
-        await self._app(dict(scope), receive, send)
-        return answer
-
-    def _coming_news(self) -> asyncio.Future[None]:
-        if self._news is None:
-            self._news = asyncio.get_running_loop().create_future()
-        return self._news
-
     def _wake(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        news, self._news, self._timer = self._news, None, None
-        if news is not None:
-            news.set_result(None)
+        self._timer = None
+        self._news.tell()
 
     def _kept(self, node: bytes) -> list[Message] | None:
         sent_s, answer = self._unconfirmed.pop(node, (float("-inf"), []))
@@ -163,15 +135,6 @@ def _is_empty(answer: list[Message]) -> bool:
 
 def _has_work(answer: list[Message]) -> bool:
     return any(message.get("status") == 200 for message in answer) and not _is_empty(answer)
-
-
-async def _body(receive: Receive) -> bytes:
-    body = b""
-    while True:
-        message = await receive()
-        body += bytes(message.get("body", b""))
-        if not message.get("more_body"):
-            return body
 
 
 async def _until_hung_up(receive: Receive) -> None:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flwr_ha.superlink.asgi import App, Receive, Scope, Send, send_empty
 from flwr_ha.superlink.lease import Lease
-from flwr_ha.superlink.parking import App, Receive, Scope, Send
 
 _LOOK_EVERY_S = 0.02
 _STANDBY_ANSWER_S = 10.0  # well below the 30 s after which Flower's clients give a request up
@@ -74,10 +74,3 @@ class PendingTasks:
             query = "SELECT EXISTS (SELECT 1 FROM task WHERE starting_at IS NULL AND finished_at IS NULL)"
             self._version, self._found = version, bool(self._connection.execute(query).fetchone()[0])
         return self._found
-
-
-async def send_empty(send: Send) -> None:
-    """Send a protobuf message in which nothing is set."""
-    headers = [(b"content-type", b"application/x-protobuf"), (b"content-length", b"0")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})

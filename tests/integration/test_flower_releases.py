@@ -36,6 +36,8 @@ GUARDS = [
     "tests/integration/test_superlink_child.py::test_standby_refuses_the_public",
     "tests/integration/test_superlink_child.py::test_registration_is_acknowledged_only_when_replicated",
     "tests/integration/test_superlink_child.py::test_killed_serverapp_is_started_again",
+    "tests/integration/test_superlink_child.py::test_finished_serverapp_is_not_reported_as_dead",
+    "tests/unit/test_superlink_gate.py",
 ]
 
 

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
+from flwr.proto.message_pb2 import PullObjectResponse
 
-from flwr_ha.superlink import gate, taskwait
+from flwr_ha.superlink import gate, objectwait, taskwait
+from flwr_ha.superlink.asgi import App, Receive, Scope, Send
 from flwr_ha.superlink.gate import Gate, Replication
 from flwr_ha.superlink.lease import Lease
 
@@ -36,7 +38,7 @@ class Flower:
         self.status = status
         self.calls = 0
 
-    async def __call__(self, scope: gate.Scope, receive: gate.Receive, send: gate.Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.calls += 1
         self.agent.database_version += 1
         await send({"type": "http.response.start", "status": self.status, "headers": []})
@@ -70,7 +72,7 @@ async def _request(served: Gate, path: str, port: int = PUBLIC) -> tuple[int, by
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
-def _gate(app: gate.App, lease: Lease, agent: Agent) -> Gate:
+def _gate(app: App, lease: Lease, agent: Agent) -> Gate:
     return Gate(app, lease=lease, private_port=PRIVATE, replication=agent.replication)
 
 
@@ -327,7 +329,7 @@ def test_body_reaches_flower_in_one_piece(lease: Lease, pieces: list[bytes], is_
     if is_whole:
         rest[-1]["more_body"] = False
 
-    async def app(_: gate.Scope, receive: gate.Receive, send: gate.Send) -> None:
+    async def app(_: Scope, receive: Receive, send: Send) -> None:
         seen.extend([await receive(), await receive()])
 
     async def receive() -> Any:
@@ -346,3 +348,64 @@ def test_body_reaches_flower_in_one_piece(lease: Lease, pieces: list[bytes], is_
 
 async def _ignore(_: Any) -> None:
     """Take an answer."""
+
+
+MISSING, THERE = b"\x08\x01", b"\x08\x01\x10\x01\x1a\x01x"
+
+
+class Objects:
+    """Flower's app with one object, that comes with a push."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self.asked = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        self.asked += 1
+        if scope["path"] in gate.PUSH_OBJECT:
+            self.is_there = True
+        body = THERE if self.is_there else MISSING
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize("pull", [gate.PULL_OBJECT, gate.PULL_OBJECT_OF_REPLY])
+@pytest.mark.parametrize("push", sorted(gate.PUSH_OBJECT))
+def test_object_on_its_way_is_waited_for(lease: Lease, pull: str, push: str) -> None:
+    """Flower's clients would ask again after a second or more."""
+
+    async def test() -> None:
+        lease.deadline_s = time.monotonic() + 60.0
+        app = Objects()
+        served = _gate(app, lease, Agent())
+        request = asyncio.create_task(_request(served, pull))
+        await _settled()
+        assert (app.asked, request.done()) == (1, False)
+        await _request(served, push)
+        assert await request == (200, THERE)
+
+    _run(test)
+
+
+def test_object_that_does_not_come_is_not_waited_for_for_ever(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's clients decide when to give up; nobody is held where the replica does not lead."""
+
+    async def test() -> None:
+        monkeypatch.setattr(objectwait.ObjectWait.__init__, "__kwdefaults__", {"hold_s": 0.02})
+        app = Objects()
+        assert await _request(_gate(app, lease, Agent()), gate.PULL_OBJECT_OF_REPLY, PRIVATE) == (200, MISSING)
+        assert app.asked == 1
+        lease.deadline_s = time.monotonic() + 60.0
+        assert await _request(_gate(app, lease, Agent()), gate.PULL_OBJECT) == (200, MISSING)
+        assert app.asked == 3
+
+    _run(test)
+
+
+def test_flower_says_that_an_object_is_missing_as_we_think() -> None:
+    """The bytes of its answer are what is compared."""
+    assert PullObjectResponse(object_found=True).SerializeToString() == MISSING
+    there = PullObjectResponse(object_found=True, object_available=True, object_content=b"x")
+    assert there.SerializeToString() == THERE
+    assert PullObjectResponse(object_found=False).SerializeToString() != MISSING

@@ -1,0 +1,61 @@
+"""Let those who take a message in wait for parts of it that are still on their way.
+
+Flower hands a message out as soon as it knows of it. Whoever asks for a part that its sender has not sent yet is told
+so, and waits for 1 s, 2 s, 4 s … before it asks again. Here the answer is held back until the part is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of
+
+_HOLD_S = 5.0  # then Flower's clients see to it that they do not wait for ever
+_MISSING = b"\x08\x01"  # PullObjectResponse(object_found=True, object_available=False)
+
+
+class ObjectWait:
+    """Hold requests for objects that are announced, but not there.
+
+    Parameters
+    ----------
+    app : callable
+        Flower's ASGI app.
+    is_open : callable
+        Whether the replica leads: where it does not, nobody is held.
+    hold_s : float
+        Longest time that an answer is held back, in seconds.
+    """
+
+    def __init__(self, app: App, *, is_open: Callable[[], bool], hold_s: float = _HOLD_S) -> None:
+        self._app = app
+        self._is_open = is_open
+        self._hold_s = hold_s
+        self._news = News()
+
+    async def push(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let Flower store an object, then wake those who wait for one."""
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._news.tell()
+
+    async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the object, or with what Flower says in its place."""
+        body = await body_of(receive)
+        give_up_s = time.monotonic() + self._hold_s
+        while True:
+            news = self._news.coming()  # before the question: what comes meanwhile counts
+            answer = await ask(self._app, scope, body)
+            rest_s = give_up_s - time.monotonic()
+            if not _is_missing(answer) or rest_s <= 0 or not self._is_open():
+                break
+            await asyncio.wait([news], timeout=rest_s)
+        for message in answer:
+            await send(message)
+
+
+def _is_missing(answer: list[Message]) -> bool:
+    return b"".join(message.get("body", b"") for message in answer) == _MISSING
