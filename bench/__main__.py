@@ -25,6 +25,7 @@ NAMES = (
     "commit",
     "rounds",
     "cost",
+    "idle",
     "serving",
     "takeover",
     "heartbeats",
