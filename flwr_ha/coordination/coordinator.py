@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Sequence
 
 from flwr_ha.coordination.ledger import Ledger
-from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Store
+from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Store, Versioned
 from flwr_ha.coordination.values import (
     IDENTITY,
     LEADER,
@@ -62,8 +62,7 @@ class Coordinator(Ledger):
         self._replica_id = replica_id
         self._instance = instance
         self._publish_lock = threading.Lock()
-        self._record_version: int | None = None  # None: read it before the next write
-        self._record_data = b""  # of that version
+        self._record: Versioned | None = None  # as it was last written; None: read it before the next write
 
     def identity(self) -> str:
         """Return a text that the coordinator has kept since it first knew this cluster, and that no other cluster has.
@@ -231,33 +230,31 @@ class Coordinator(Ledger):
         data = dump({**record, "instance": self._instance})
         with self._publish_lock:
             while True:
-                version = self._record_version
-                if version is None:
-                    version = self._read_record_version(leadership)
-                operation: Operation = Set(key, data, version)
-                if version < 0:
-                    operation = Create(key, data, is_ephemeral=True)
-                elif data == self._record_data:
-                    operation = Check(key, version)  # as good a proof, and wakes nobody
-                self._record_version, self._record_data = None, b""
+                old, self._record = self._record or self._read_record(leadership), None
+                operation: Operation
+                if old is None:
+                    operation, version = Create(key, data, is_ephemeral=True), 0
+                elif old.data == data:
+                    operation, version = Check(key, old.version), old.version  # as good a proof, and wakes nobody
+                else:
+                    operation, version = Set(key, data, old.version), old.version + 1
                 try:
                     self._store.transact([*checks, operation])
                 except ConflictError:
                     if leadership is not None:
                         self._require_leading(leadership)
                     continue  # our record went with a lost session, or another start took its place
-                self._record_version = version if isinstance(operation, Check) else version + 1
-                self._record_data = data
+                self._record = Versioned(data, version)
                 return
 
-    def _read_record_version(self, leadership: Leadership | None) -> int:
-        """Return the version of our record, -1 where there is none."""
+    def _read_record(self, leadership: Leadership | None) -> Versioned | None:
+        """Return our record, None where there is none."""
         found = self._store.get(replica_key(self._replica_id))
         if found is None:
-            return -1
+            return None
         other = load(found.data)
         if other["instance"] == self._instance:
-            return found.version
+            return found
         if leadership is not None:
             self._require_leading(leadership)
         raise ConfigError(
