@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.plain import PlainFlower
 from bench.result import Figure, Scale
 from flwr_ha.local.cluster import LocalCluster, Plan
-from flwr_ha.superlink.procfs import descendants
+from flwr_ha.superlink.procfs import descendants, stat_fields
 
 SETTLED_S = 15.0  # imports are over, caches are filled
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -48,8 +48,5 @@ def processor_s(pid: int) -> float:
 
 
 def _own_s(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:  # it has ended
-        return 0.0
+    fields = stat_fields(pid) or []  # none: it has ended
     return sum(map(int, fields[11:13])) / _TICKS

@@ -153,7 +153,7 @@ def descendants(pid: int) -> dict[int, int]:
     """Return the processes that a process and its descendants have started, with their start times."""
     parents: dict[int, tuple[int, int]] = {}
     for folder in _PROC.iterdir():
-        if folder.name.isdigit() and (fields := _stat(int(folder.name))) is not None:
+        if folder.name.isdigit() and (fields := stat_fields(int(folder.name))) is not None:
             parents[int(folder.name)] = (int(fields[1]), int(fields[19]))
     found: dict[int, int] = {}
     waiting = [pid]
@@ -166,8 +166,8 @@ def descendants(pid: int) -> dict[int, int]:
     return found
 
 
-def _stat(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state on; None when the process is gone."""
+def stat_fields(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the state on, see proc(5); None when the process is gone."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
@@ -176,7 +176,7 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _start_time(pid: int) -> int | None:
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return None if fields is None or fields[0] in "XZ" else int(fields[19])
 
 
