@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from flwr_ha.local.cluster import SERVERAPP
 from flwr_ha.local.processes import wait_until
 
 with warnings.catch_warnings():  # raised by the libraries that Flower imports
@@ -44,12 +45,8 @@ class Node:
         self.state = state
         self.id, self.receive, self.send, self.get_run, self.get_fab, *others = connection
         self.pull_object, self.push_object, self.confirm = others
-        fab = b"app" * 100
-        fab_hash = state.store_fab(Fab(hashlib.sha256(fab).hexdigest(), fab, {}))
-        self.run_id = int(
-            state.create_run("me/app", "1.0.0", fab_hash, {}, "@none/default", None, "aid", "flwr-serverapp")
-        )
-        self.task_id = int(state.get_run_info(run_ids=[self.run_id])[0].primary_task_id)
+        self.run_id = add_run(state, b"app" * 100)
+        self.task_id = task_of(state, self.run_id)
         assert state.claim_task(self.task_id)
         assert state.activate_task(self.task_id)
 
@@ -79,6 +76,17 @@ class Node:
         for name in names:
             self.push_object(self.run_id, session, name, parts[name])
         return reply
+
+
+def add_run(state: Any, app: bytes) -> int:
+    """Submit a run of an app, and return its id."""
+    fab_hash = state.store_fab(Fab(hashlib.sha256(app).hexdigest(), app, {}))
+    return int(state.create_run("me/app", "1.0.0", fab_hash, {}, "@none/default", None, "aid", SERVERAPP))
+
+
+def task_of(state: Any, run_id: int) -> int:
+    """Return the id of the task that is the run's ServerApp."""
+    return int(state.get_run_info(run_ids=[run_id])[0].primary_task_id)
 
 
 def content(value: float) -> RecordDict:

@@ -18,12 +18,12 @@ from flwr_ha.errors import ConfigError
 from flwr_ha.superlink import gate, linkstate, schema
 from flwr_ha.superlink.linkstate import TaskState
 from flwr_ha.superlink.taskwait import PendingTasks
+from tests.integration.flowerserver import add_run, task_of
 
 with warnings.catch_warnings():  # raised by the libraries that Flower imports
     warnings.simplefilter("ignore", DeprecationWarning)
     from fastapi import FastAPI
     from fastapi.routing import iter_route_contexts
-    from flwr.supercore.fab import Fab
     from flwr.supercore.routers.runtime import create_runtime_router, responses_router
     from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
     from flwr.superlink.routers.control import router as control_router
@@ -64,15 +64,10 @@ class Site:
         return node_id
 
     def add_run(self, content: bytes = b"app" * 5000) -> int:
-        fab_hash = self.state.store_fab(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-        run_id = self.state.create_run("me/app", "1.0.0", fab_hash, {}, "@none/default", None, "aid", SERVERAPP)
-        return int(run_id)
+        return add_run(self.state, content)
 
     def task_of(self, run_id: int) -> int:
-        return int(self.state.get_run_info(run_ids=[run_id])[0].primary_task_id)
-
-
-SERVERAPP = "flwr-serverapp"
+        return task_of(self.state, run_id)
 
 
 @pytest.fixture
