@@ -34,17 +34,38 @@ class News:
 
 async def body_of(receive: Receive) -> bytes:
     """Return the whole body of a request."""
-    body = b""
-    while True:
-        message = await receive()
-        body += bytes(message.get("body", b""))
-        if not message.get("more_body"):
-            return body
+    return bytes((await in_one_piece(receive)()).get("body", b""))
+
+
+async def answer_of(app: App, scope: Scope, receive: Receive) -> list[Message]:
+    """Return the app's answer to a request instead of sending it."""
+    answer: list[Message] = []
+
+    async def send(message: Message) -> None:
+        answer.append(message)
+
+    await app(scope, receive, send)
+    return answer
+
+
+def status_of(answer: list[Message]) -> int:
+    """Return the status of an answer; 500 where it has none."""
+    return next((message["status"] for message in answer if message["type"] == "http.response.start"), 500)
+
+
+def content_of(answer: list[Message]) -> bytes:
+    """Return the body of an answer."""
+    return b"".join(message.get("body", b"") for message in answer)
+
+
+async def send_all(send: Send, answer: list[Message]) -> None:
+    """Send an answer."""
+    for message in answer:
+        await send(message)
 
 
 async def ask(app: App, scope: Scope, body: bytes) -> list[Message]:
     """Return the app's answer to a request with this body."""
-    answer: list[Message] = []
     is_read = False
 
     async def receive() -> Message:
@@ -54,11 +75,7 @@ async def ask(app: App, scope: Scope, body: bytes) -> list[Message]:
         is_read = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async def send(message: Message) -> None:
-        answer.append(message)
-
-    await app(dict(scope), receive, send)
-    return answer
+    return await answer_of(app, dict(scope), receive)
 
 
 def in_one_piece(receive: Receive) -> Receive:

@@ -18,7 +18,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine, ExceptionContext
-from sqlalchemy.exc import DatabaseError, InternalError, OperationalError
+from sqlalchemy.exc import DatabaseError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _translator(plain: Callable[[Request, _CallNext], Awaitable[Response]]) -> C
         async def call(request: Request) -> Response:
             try:
                 return await call_next(request)
-            except Exception as error:
+            except SQLAlchemyError as error:
                 if not _is_passing(error):
                     raise
                 logger.warning("%s is to be tried again: %s", request.url.path, error)

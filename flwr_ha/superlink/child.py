@@ -22,10 +22,12 @@ import ssl
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from flwr_ha.superlink.gate import DatabaseVersion, Gate, Replication
+from flwr_ha.superlink.database import connect, data_version
+from flwr_ha.superlink.gate import Gate, Replication
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.public import PublicListener
 from flwr_ha.superlink.tasks import stop_run
@@ -89,9 +91,10 @@ class Child:
             has_supernode_auth=self._settings["has_supernode_auth"],
             on_report=self._report_death,
         )
+        connection = connect(self._database)
         self._replication = Replication(
             lambda serial: self._channel.send("replicate", id=serial),
-            DatabaseVersion(self._database),
+            lambda: data_version(connection),
             self._settings["replicate_timeout_s"],
         )
         gate = Gate(
@@ -169,13 +172,9 @@ class Child:
             logger.error("SuperExec has ended: this SuperLink ends too, a warm standby takes over faster")
             os._exit(1)
         # A finished task has no token any more, so what is found here has not reported a result.
-        uri = f"{self._database.absolute().as_uri()}?mode=ro"
-        connection = sqlite3.connect(uri, uri=True, timeout=5.0)
-        try:
+        with closing(connect(self._database)) as connection:
             query = "SELECT task_id, run_id FROM task WHERE token = ? AND finished_at IS NULL"
             row = connection.execute(query, (report["token"],)).fetchone()
-        finally:
-            connection.close()
         if row is not None:
             task_id, run_id = unsigned(row[0]), unsigned(row[1])
             logger.warning("the ServerApp of run %s ended without a result, status %s", run_id, report["status"])

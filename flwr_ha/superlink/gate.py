@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import Callable
-from pathlib import Path
 
-from flwr_ha.superlink.asgi import App, Message, Receive, Scope, Send, in_one_piece, restated, unless_forbidden
+from flwr_ha.superlink.asgi import (
+    App,
+    Receive,
+    Scope,
+    Send,
+    answer_of,
+    content_of,
+    in_one_piece,
+    restated,
+    send_all,
+    status_of,
+    unless_forbidden,
+)
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.objectwait import ObjectWait
 from flwr_ha.superlink.parking import PULL, Parking
@@ -197,40 +207,15 @@ class Gate:
 
     async def _hold(self, scope: Scope, receive: Receive, send: Send, *, is_public: bool) -> None:
         """Run the call, make its effect safe elsewhere, only then send the answer."""
-        held: list[Message] = []
-
-        async def hold(message: Message) -> None:
-            held.append(message)
-
-        await self._app(scope, receive, hold)
-        status = next((message["status"] for message in held if message["type"] == "http.response.start"), 500)
-        if 200 <= status < 300 and not await self._replication.wait_replicated():
+        answer = await answer_of(self._app, scope, receive)
+        if 200 <= status_of(answer) < 300 and not await self._replication.wait_replicated():
             if scope["path"] == START_RUN:
-                await asyncio.to_thread(self._withdraw, b"".join(message.get("body", b"") for message in held))
+                await asyncio.to_thread(self._withdraw, content_of(answer))
             await _refuse(send, "the change could not be replicated, its outcome is open: look, then try again")
         elif is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead any more")
         else:
-            for message in held:
-                await send(message)
-
-
-class DatabaseVersion:
-    """Tell whether anybody has written to the SuperLink's database.
-
-    Parameters
-    ----------
-    database : Path
-        Database file.
-    """
-
-    def __init__(self, database: Path) -> None:
-        uri = f"{database.absolute().as_uri()}?mode=ro"
-        self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-
-    def __call__(self) -> int:
-        """Return a number that is another one after each change."""
-        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+            await send_all(send, answer)
 
 
 async def _refuse(send: Send, why: str) -> None:

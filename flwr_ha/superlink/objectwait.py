@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of
+from flwr_ha.superlink.asgi import App, News, Receive, Scope, Send, ask, body_of, content_of, send_all
 
 _HOLD_S = 5.0  # then Flower's clients see to it that they do not wait for ever
 _MISSING = b"\x08\x01"  # PullObjectResponse(object_found=True, object_available=False)
@@ -50,12 +50,7 @@ class ObjectWait:
             news = self._news.coming()  # before the question: what comes meanwhile counts
             answer = await ask(self._app, scope, body)
             rest_s = give_up_s - time.monotonic()
-            if not _is_missing(answer) or rest_s <= 0 or not self._is_open():
+            if content_of(answer) != _MISSING or rest_s <= 0 or not self._is_open():
                 break
             await asyncio.wait([news], timeout=rest_s)
-        for message in answer:
-            await send(message)
-
-
-def _is_missing(answer: list[Message]) -> bool:
-    return b"".join(message.get("body", b"") for message in answer) == _MISSING
+        await send_all(send, answer)

@@ -12,7 +12,19 @@ import logging
 import time
 from collections.abc import Callable
 
-from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of
+from flwr_ha.superlink.asgi import (
+    App,
+    Message,
+    News,
+    Receive,
+    Scope,
+    Send,
+    ask,
+    body_of,
+    content_of,
+    send_all,
+    status_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +77,7 @@ class Parking:
             answer = await self._wait(scope, body, receive)
             if _has_work(answer):
                 self._unconfirmed[node] = (time.monotonic(), answer)
-        for message in answer:
-            await send(message)
+        await send_all(send, answer)
 
     def watch(self, path: str, receive: Receive) -> Receive:
         """Take note of what a request says about news and about messages that have arrived."""
@@ -129,8 +140,7 @@ def node_of(body: bytes) -> bytes:
 
 def _is_empty(answer: list[Message]) -> bool:
     """Whether Flower says that there is nothing: a success without a body."""
-    status = next((message["status"] for message in answer if message["type"] == "http.response.start"), 500)
-    return status == 200 and not any(message.get("body") for message in answer)
+    return status_of(answer) == 200 and not content_of(answer)
 
 
 def _has_work(answer: list[Message]) -> bool:

@@ -7,12 +7,12 @@ SuperExec asks ten times a second, so that a run starts at once; each question c
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr_ha.superlink.asgi import App, Receive, Scope, Send, send_empty
+from flwr_ha.superlink.database import connect, data_version
 from flwr_ha.superlink.lease import Lease
 
 _LOOK_EVERY_S = 0.02
@@ -62,14 +62,13 @@ class PendingTasks:
     """
 
     def __init__(self, database: Path) -> None:
-        uri = f"{database.absolute().as_uri()}?mode=ro"
-        self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        self._connection = connect(database)
         self._version = -1
         self._found = False
 
     def __call__(self) -> bool:
         """Look into the database where it has changed since the last time."""
-        version = int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        version = data_version(self._connection)
         if version != self._version:
             query = "SELECT EXISTS (SELECT 1 FROM task WHERE starting_at IS NULL AND finished_at IS NULL)"
             self._version, self._found = version, bool(self._connection.execute(query).fetchone()[0])

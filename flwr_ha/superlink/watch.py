@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
+
+from flwr_ha.superlink.database import connect, data_version
 
 _WRAP = 1 << 64
 _SIGN = 1 << 63
@@ -101,8 +102,7 @@ class Watch:
     """
 
     def __init__(self, database: Path) -> None:
-        uri = f"{database.absolute().as_uri()}?mode=ro"
-        self._connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
+        self._connection = connect(database)
         self._version = -1
         self._online_until: list[float] = []
         self._nodes_total = 0
@@ -118,7 +118,7 @@ class Watch:
 
     def version(self) -> int:
         """Return a number that is another one whenever somebody else has written to the database."""
-        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        return data_version(self._connection)
 
     def summary(self) -> Summary:
         """Return the nodes and runs as they are now.
