@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
+from flwr_ha.replica.apiserver import bind
+from flwr_ha.settings import Endpoint
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.blobserver import blob_routes
 
@@ -21,7 +22,7 @@ def main() -> None:
         authorize=lambda request: request.headers.get("authorization") == f"Bearer {secret}",
         max_bytes=1 << 40,
     )
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = bind(Endpoint("127.0.0.1", 0), setting="bench")
     temporary = port_file.with_suffix(".new")
     temporary.write_text(str(listener.getsockname()[1]))
     temporary.rename(port_file)

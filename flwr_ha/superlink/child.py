@@ -29,7 +29,7 @@ from typing import Any
 from flwr_ha.superlink.database import connect, data_version
 from flwr_ha.superlink.gate import Gate, Replication
 from flwr_ha.superlink.lease import Lease
-from flwr_ha.superlink.public import PublicListener
+from flwr_ha.superlink.public import PublicListener, listening_sockets
 from flwr_ha.superlink.tasks import stop_run
 from flwr_ha.superlink.taskwait import PendingTasks
 from flwr_ha.superlink.tether import die_with_parent
@@ -78,7 +78,7 @@ class Child:
         self._lease = Lease(settings["lease_fd"])
         self._channel = Channel(settings["channel_fd"])
         self._loop = asyncio.get_running_loop()
-        self._private = socket.create_server(("127.0.0.1", settings["private_port"]), backlog=2048)
+        (self._private,) = listening_sockets(f"127.0.0.1:{settings['private_port']}")
         self._private_port: int = self._private.getsockname()[1]
 
     async def serve(self) -> None:

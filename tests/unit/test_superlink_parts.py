@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.metadata
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from flwr_ha.errors import ConfigError
+from flwr_ha.replica.apiserver import bind
+from flwr_ha.settings import Endpoint
 from flwr_ha.superlink import procfs, schema, tether
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.public import listening_sockets
@@ -57,6 +60,33 @@ def test_port_that_is_taken_can_be_told_from_others() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use") as caught:
         listening_sockets(f"127.0.0.1:{taken.getsockname()[1]}")
     assert caught.value.errno == 98
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        pytest.param(lambda: listening_sockets("127.0.0.1:0")[0], id="superlink"),
+        pytest.param(lambda: bind(Endpoint("127.0.0.1", 0), setting="api"), id="replica"),
+    ],
+)
+def test_small_packets_leave_at_once(listen: Callable[[], socket.socket]) -> None:
+    """An answer whose head and body are written one after the other does not wait for the client's delayed ACK."""
+
+    async def option() -> int:
+        found: asyncio.Queue[int] = asyncio.Queue()
+
+        async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            await found.put(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen()
+        async with await asyncio.start_server(serve, sock=listener):
+            _, client = await asyncio.open_connection(*listener.getsockname())
+            client.close()
+            return await found.get()
+
+    assert asyncio.run(option()) == 1
 
 
 def test_port_is_free_again_at_once() -> None:
