@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from flwr.serverapp.strategy import strategy_utils
 from numpy.typing import NDArray
 
 from flwr_ha.serverapp.arrays import NUMPY
-from flwr_ha.serverapp.blocks import BLOCK, Blocks, blocks_of
+from flwr_ha.serverapp.blocks import Blocks, blocks_of
 from flwr_ha.serverapp.rawbytes import new_bytes
 
 _USERS = ("flwr.serverapp.strategy.fedavg", "flwr.serverapp.strategy.multikrum")
-_PART = 2 * BLOCK  # elements that one thread takes at a time
+_BLOCK = 104 << 10  # elements at a time, at most: a block of the sum and of a product stay in the cache of one core
 _THREADS = min(4, len(os.sched_getaffinity(0)))
 _NAME = "aggregate_arrayrecords"
 _Term = tuple[Blocks, float, np.dtype[Any]]  # a reply's array, its weight, the dtype of their product
@@ -73,10 +74,17 @@ def weighted_average(records: list[RecordDict], weighting_metric_name: str) -> A
         for arrays in record.array_records.values():
             for name, array in arrays.items():
                 named.setdefault(name, []).append((array, weight / total))
-    fills: list[_Fill] = []
-    averages = {name: _average(terms, fills) for name, terms in named.items()}
+    averages: dict[str, Array] = {}
+    batches = _batches(fill for name, terms in named.items() for fill in _begin(averages, name, terms))
+    taking = threading.Lock()
+
+    def work() -> None:
+        while batch := _taken(batches, taking):
+            _run(batch)
+
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="average") as pool:
-        list(pool.map(_run, _batches(fills)))
+        for thread in [pool.submit(work) for _ in range(_THREADS)]:
+            thread.result()
     return ArrayRecord(averages)
 
 
@@ -89,15 +97,20 @@ class _Fill:
     offset: int
 
 
-def _average(terms: Sequence[tuple[Array, float]], fills: list[_Fill]) -> Array:
-    """Return the average; it is complete once what was added to `fills` is done."""
+def _begin(averages: dict[str, Array], name: str, terms: Sequence[tuple[Array, float]]) -> Iterator[_Fill]:
+    """Add an average, and yield what must be done until it is complete.
+
+    Threads come for it when they need more to do: the views of one array's replies go before those of the next come.
+    """
     try:
         sources = [(blocks_of(array), weight) for array, weight in terms]
     except ValueError:
-        return _average_as_a_whole(terms)
-    if any(source.shape != sources[0][0].shape for source, _ in sources):
-        return _average_as_a_whole(terms)
-    return _average_by_blocks(sources, fills)
+        sources = []
+    if not sources or any(source.shape != sources[0][0].shape for source, _ in sources):
+        averages[name] = _average_as_a_whole(terms)
+        return
+    averages[name], fills = _average_by_blocks(sources)
+    yield from fills
 
 
 def _average_as_a_whole(terms: Sequence[tuple[Array, float]]) -> Array:
@@ -109,7 +122,7 @@ def _average_as_a_whole(terms: Sequence[tuple[Array, float]]) -> Array:
     return Array(np.asarray(total))
 
 
-def _average_by_blocks(sources: Sequence[tuple[Blocks, float]], fills: list[_Fill]) -> Array:
+def _average_by_blocks(sources: Sequence[tuple[Blocks, float]]) -> tuple[Array, Iterator[_Fill]]:
     shape, dtype = sources[0][0].shape, _product(*sources[0])
     header = _header(dtype, shape)
     size_bytes = math.prod(shape) * dtype.itemsize
@@ -117,18 +130,25 @@ def _average_by_blocks(sources: Sequence[tuple[Blocks, float]], fills: list[_Fil
     memory[: len(header)] = np.frombuffer(header, np.uint8)
     total = memory[len(header) :].view(dtype)
     terms = [(source, weight, _product(source, weight)) for source, weight in sources]
-    fills += [_Fill(total[start : start + _PART], terms, start) for start in range(0, total.size, _PART)]
-    return Array(dtype=str(dtype), shape=shape, stype=NUMPY, data=data)
+    block = math.ceil(total.size / math.ceil(total.size / _BLOCK)) if total.size else 1  # all of one size, or nearly
+    fills = (_Fill(total[start : start + block], terms, start) for start in range(0, total.size, block))
+    return Array(dtype=str(dtype), shape=shape, stype=NUMPY, data=data), fills
 
 
-def _batches(fills: Sequence[_Fill]) -> Iterator[list[_Fill]]:
+def _taken(batches: Iterator[list[_Fill]], lock: threading.Lock) -> list[_Fill]:
+    """Return the next batch, or an empty one at the end."""
+    with lock:
+        return next(batches, [])
+
+
+def _batches(fills: Iterable[_Fill]) -> Iterator[list[_Fill]]:
     """Put small arrays together, so that threads do not fight for the interpreter over each bias."""
     batch: list[_Fill] = []
     size = 0
     for fill in fills:
         batch.append(fill)
         size += fill.part.size
-        if size >= _PART:
+        if size >= _BLOCK:
             yield batch
             batch, size = [], 0
     yield batch
@@ -142,15 +162,12 @@ def _run(batch: Sequence[_Fill]) -> None:
 def _add_up(part: NDArray[Any], terms: Sequence[_Term], offset: int) -> None:
     """Add up one part of the result; numpy lets other threads run meanwhile."""
     (first, weight, _), *others = terms
-    scratch = {dtype: np.empty(min(BLOCK, part.size), dtype) for _, _, dtype in others}
-    for start in range(0, part.size, BLOCK):
-        block = part[start : start + BLOCK]
-        here, end = offset + start, offset + start + block.size
-        np.multiply(first.read(here, end), weight, out=block)
-        for source, factor, dtype in others:
-            product = scratch[dtype][: block.size]
-            np.multiply(source.read(here, end), factor, out=product)
-            np.add(block, product, out=block)
+    end = offset + part.size
+    products = {dtype: np.empty(part.size, dtype) for dtype in {dtype for _, _, dtype in others}}
+    np.multiply(first.read(offset, end), weight, out=part)
+    for source, factor, dtype in others:
+        np.multiply(source.read(offset, end), factor, out=products[dtype])
+        np.add(part, products[dtype], out=part)
 
 
 def _product(source: Blocks, weight: float) -> np.dtype[Any]:

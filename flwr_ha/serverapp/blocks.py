@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from flwr_ha.serverapp.arrays import view
 from flwr_ha.serverapp.spill import SpilledArray
 
-BLOCK = 1 << 16  # elements at a time: a block of each operand stays in the cache of one core
-
 
 class Blocks(Protocol):
     """Give the values of one array in C order, a piece at a time."""
