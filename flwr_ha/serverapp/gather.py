@@ -36,7 +36,7 @@ from flwr_ha.serverapp.validation import Expectation, expect, why_rejected
 logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr log` shows it
 
 _POLL_S = (0.1, 0.25)  # first and longest pause between two polls for replies
-_POLL_SHARE = 4  # pauses may grow to this many times the poll itself: many messages make it slow
+_POLL_S_PER_MESSAGE = 0.0005  # each message under way makes a poll slower: the pauses grow with them
 _NODES_INTERVAL_S = 1.0
 
 Key = tuple[int, str]  # node id and content hash: what a reply answers
@@ -107,9 +107,8 @@ class Gathering:
         self._nodes_online = len(nodes)
         next_look_s, pause_s = self._now_s() + _NODES_INTERVAL_S, _POLL_S[0]
         while True:
-            start_s = self._now_s()
             events = self._pull()
-            longest_s = max(_POLL_S[1], _POLL_SHARE * (self._now_s() - start_s))
+            longest_s = max(_POLL_S[1], _POLL_S_PER_MESSAGE * len(self._asked))
             pause_s = _POLL_S[0] if events else min(1.25 * pause_s, longest_s)
             for event in [*events, Tick()]:
                 phase, decision = step(phase, event, now_s=self._now_s())

@@ -58,6 +58,11 @@ def content_of(answer: list[Message]) -> bytes:
     return b"".join(message.get("body", b"") for message in answer)
 
 
+def is_empty(answer: list[Message]) -> bool:
+    """Whether Flower says that there is nothing: a success without a body."""
+    return status_of(answer) == 200 and not content_of(answer)
+
+
 async def send_all(send: Send, answer: list[Message]) -> None:
     """Send an answer."""
     for message in answer:

@@ -21,7 +21,8 @@ from flwr_ha.superlink.asgi import (
 )
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.objectwait import ObjectWait
-from flwr_ha.superlink.parking import PULL, Parking
+from flwr_ha.superlink.parking import ASKS_FOR_REPLIES, PULL, Parking
+from flwr_ha.superlink.replywait import ReplyWait
 from flwr_ha.superlink.taskwait import TaskWait
 
 ACQUIRE_TASK = "/v1/runtime/acquire-task"
@@ -34,6 +35,7 @@ ACQUIRE_TASK = "/v1/runtime/acquire-task"
 PULL_OBJECT = "/v1/fleet/pull-object"
 PULL_OBJECT_OF_REPLY = "/v1/runtime/pull-object"
 PUSH_OBJECT = frozenset(("/v1/fleet/push-object", "/v1/runtime/push-object"))
+PUSH_REPLY = "/v1/fleet/push-messages"
 CONFIRM = "/v1/fleet/confirm-message-received"
 
 START_RUN = "/v1/control/start-run"
@@ -140,7 +142,8 @@ class Gate:
 
     A request that came in on a public socket is served only while the lease runs; a changing request is answered
     only once its change is replicated; SuperExec gets no work while the replica does not lead. Who asks for work waits
-    for it, see `Parking` and `TaskWait`. Besides, a SuperNode that takes a message of the last leader in is told that
+    for it, see `Parking` and `TaskWait`, and so does who asks for replies and for parts that are still on their way,
+    see `ReplyWait` and `ObjectWait`. Besides, a SuperNode that takes a message of the last leader in is told that
     it is gone, or that all is well, see `PULL_OBJECT`.
 
     Parameters
@@ -176,34 +179,31 @@ class Gate:
         self._private_port = private_port
         self._replication = replication
         self._parking = Parking(app, is_open=lambda: lease.is_valid)
-        self._objects = ObjectWait(app, is_open=lambda: lease.is_valid)
-        self._tasks = TaskWait(app, lease, has_task)
+        objects = ObjectWait(app, is_open=lambda: lease.is_valid)
+        replies = ReplyWait(app, is_open=lambda: lease.is_valid)
+        self._handlers: dict[str, App] = {
+            ACQUIRE_TASK: TaskWait(app, lease, has_task).acquire,
+            PULL: self._parking.pull,
+            ASKS_FOR_REPLIES: replies.pull,
+            PUSH_REPLY: replies.push,
+            PULL_OBJECT: lambda scope, receive, send: objects.pull(scope, receive, restated(send, 403, 410)),
+            PULL_OBJECT_OF_REPLY: objects.pull,
+            CONFIRM: lambda scope, receive, send: app(scope, receive, unless_forbidden(send)),
+        } | dict.fromkeys(PUSH_OBJECT, objects.push)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_public = scope["server"][1] != self._private_port
-        receive = self._parking.watch(scope["path"], in_one_piece(receive))
+        path, is_public = scope["path"], scope["server"][1] != self._private_port
+        receive = self._parking.watch(path, in_one_piece(receive))
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
-        elif scope["path"] == ACQUIRE_TASK:
-            await self._tasks.acquire(scope, receive, send)
-        elif scope["path"] == PULL:
-            await self._parking.pull(scope, receive, send)
-        elif scope["path"] in HELD:
+        elif path in HELD:
             await self._hold(scope, receive, send, is_public=is_public)
-        elif scope["path"] == PULL_OBJECT:
-            await self._objects.pull(scope, receive, restated(send, 403, 410))
-        elif scope["path"] == PULL_OBJECT_OF_REPLY:
-            await self._objects.pull(scope, receive, send)
-        elif scope["path"] in PUSH_OBJECT:
-            await self._objects.push(scope, receive, send)
-        elif scope["path"] == CONFIRM:
-            await self._app(scope, receive, unless_forbidden(send))
         else:
-            await self._app(scope, receive, send)
+            await self._handlers.get(path, self._app)(scope, receive, send)
 
     async def _hold(self, scope: Scope, receive: Receive, send: Send, *, is_public: bool) -> None:
         """Run the call, make its effect safe elsewhere, only then send the answer."""

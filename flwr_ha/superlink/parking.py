@@ -21,9 +21,8 @@ from flwr_ha.superlink.asgi import (
     Send,
     ask,
     body_of,
-    content_of,
+    is_empty,
     send_all,
-    status_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ class Parking:
                 news = self._news.coming()  # before the question: what comes meanwhile counts
                 answer = await ask(self._app, scope, body)
                 rest_s = give_up_s - time.monotonic()
-                if not _is_empty(answer) or rest_s <= 0 or not self._is_open():
+                if not is_empty(answer) or rest_s <= 0 or not self._is_open():
                     return answer
                 await asyncio.wait([news, hung_up], timeout=rest_s, return_when=asyncio.FIRST_COMPLETED)
                 if hung_up.done():
@@ -138,13 +137,8 @@ def node_of(body: bytes) -> bytes:
     return body[: 2 + body[1]]
 
 
-def _is_empty(answer: list[Message]) -> bool:
-    """Whether Flower says that there is nothing: a success without a body."""
-    return status_of(answer) == 200 and not content_of(answer)
-
-
 def _has_work(answer: list[Message]) -> bool:
-    return any(message.get("status") == 200 for message in answer) and not _is_empty(answer)
+    return any(message.get("status") == 200 for message in answer) and not is_empty(answer)
 
 
 async def _until_hung_up(receive: Receive) -> None:
