@@ -1,6 +1,7 @@
 """Fixtures that several kinds of tests share."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ import pytest
 from flwr_ha.local.zookeeper import LocalEnsemble
 
 READY_TIMEOUT_S = 60.0  # on a busy machine
+
+# A shell that starts the suite in its background ignores Ctrl-C for it, and so for all that the tests start and end so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
