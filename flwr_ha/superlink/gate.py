@@ -178,9 +178,12 @@ class Gate:
         self._lease = lease
         self._private_port = private_port
         self._replication = replication
-        self._parking = Parking(app, is_open=lambda: lease.is_valid)
-        objects = ObjectWait(app, is_open=lambda: lease.is_valid)
-        replies = ReplyWait(app, is_open=lambda: lease.is_valid)
+
+        def is_open() -> bool:
+            return lease.is_valid
+
+        self._parking = Parking(app, is_open=is_open)
+        objects, replies = ObjectWait(app, is_open=is_open), ReplyWait(app, is_open=is_open)
         self._handlers: dict[str, App] = {
             ACQUIRE_TASK: TaskWait(app, lease, has_task).acquire,
             PULL: self._parking.pull,

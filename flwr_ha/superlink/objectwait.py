@@ -10,37 +10,18 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from flwr_ha.superlink.asgi import App, News, Receive, Scope, Send, ask, body_of, content_of, send_all
+from flwr_ha.superlink.asgi import App, Receive, Scope, Send, ask, body_of, content_of, send_all
+from flwr_ha.superlink.waiting import Waiting
 
 _HOLD_S = 5.0  # then Flower's clients see to it that they do not wait for ever
 _MISSING = b"\x08\x01"  # PullObjectResponse(object_found=True, object_available=False)
 
 
-class ObjectWait:
-    """Hold requests for objects that are announced, but not there.
-
-    Parameters
-    ----------
-    app : callable
-        Flower's ASGI app.
-    is_open : callable
-        Whether the replica leads: where it does not, nobody is held.
-    hold_s : float
-        Longest time that an answer is held back, in seconds.
-    """
+class ObjectWait(Waiting):
+    """Hold requests for objects that are announced, but not there; parameters as in `Waiting`."""
 
     def __init__(self, app: App, *, is_open: Callable[[], bool], hold_s: float = _HOLD_S) -> None:
-        self._app = app
-        self._is_open = is_open
-        self._hold_s = hold_s
-        self._news = News()
-
-    async def push(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let Flower store an object, then wake those who wait for one."""
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._news.tell()
+        super().__init__(app, is_open=is_open, hold_s=hold_s)
 
     async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the object, or with what Flower says in its place."""

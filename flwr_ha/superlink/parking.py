@@ -12,18 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from flwr_ha.superlink.asgi import (
-    App,
-    Message,
-    News,
-    Receive,
-    Scope,
-    Send,
-    ask,
-    body_of,
-    is_empty,
-    send_all,
-)
+from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of, is_empty, send_all
 
 logger = logging.getLogger(__name__)
 

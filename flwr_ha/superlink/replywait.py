@@ -12,42 +12,24 @@ from collections.abc import Callable
 
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 
-from flwr_ha.superlink.asgi import App, News, Receive, Scope, Send, ask, body_of, is_empty, send_all
+from flwr_ha.superlink.asgi import App, Receive, Scope, Send, ask, body_of, is_empty, send_all
+from flwr_ha.superlink.waiting import Waiting
 
 _HOLD_S = 0.5  # a ServerApp also has deadlines to watch, and nodes that went
+_TOKEN = TASK_TOKEN_HEADER.lower().encode()
 _PAUSE_S = 0.05  # who asks sooner after an answer asks for one group of replies after the other
 
 
-class ReplyWait:
-    """Hold requests for replies while there are none.
-
-    Parameters
-    ----------
-    app : callable
-        Flower's ASGI app.
-    is_open : callable
-        Whether the replica leads: where it does not, nobody is held.
-    hold_s : float
-        Longest time that an answer is held back, in seconds.
-    """
+class ReplyWait(Waiting):
+    """Hold requests for replies while there are none; parameters as in `Waiting`."""
 
     def __init__(self, app: App, *, is_open: Callable[[], bool], hold_s: float = _HOLD_S) -> None:
-        self._app = app
-        self._is_open = is_open
-        self._hold_s = hold_s
-        self._news = News()
+        super().__init__(app, is_open=is_open, hold_s=hold_s)
         self._answered_s: dict[bytes, float] = {}  # ServerApps' tokens, and when they had an answer
-
-    async def push(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let Flower take a reply in, then wake those who wait for one."""
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._news.tell()
 
     async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask Flower; where it has nothing, ask once more when a reply has come, whoever it is for."""
-        token = dict(scope["headers"]).get(TASK_TOKEN_HEADER.lower().encode(), b"")
+        token = dict(scope["headers"]).get(_TOKEN, b"")
         body = await body_of(receive)
         news = self._news.coming()  # before the question: what comes meanwhile counts
         answer = await ask(self._app, scope, body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from flwr_ha.superlink import gate, objectwait, taskwait
 from flwr_ha.superlink.asgi import App, Receive, Scope, Send
 from flwr_ha.superlink.gate import Gate, Replication
 from flwr_ha.superlink.lease import Lease
+from tests.unit.eventloop import run, settled
 
 PRIVATE, PUBLIC = 40000, 8000
 
@@ -53,12 +54,6 @@ def lease() -> Iterator[Lease]:
     lease.close()
 
 
-async def _settled() -> None:
-    """Let all that can run without the outside world run."""
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
 async def _request(served: Gate, path: str, port: int = PUBLIC) -> tuple[int, bytes]:
     sent: list[Any] = []
 
@@ -76,13 +71,6 @@ def _gate(app: App, lease: Lease, agent: Agent) -> Gate:
     return Gate(app, lease=lease, private_port=PRIVATE, replication=agent.replication)
 
 
-def _run(test: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        await asyncio.wait_for(test(), 5.0)
-
-    asyncio.run(limited())
-
-
 def test_public_is_served_only_under_a_lease(lease: Lease) -> None:
     """Without a lease a request on the public port is refused before Flower sees it; the loopback is served."""
 
@@ -95,7 +83,7 @@ def test_public_is_served_only_under_a_lease(lease: Lease) -> None:
         lease.deadline_s = time.monotonic() + 60.0
         assert await _request(served, "/v1/control/list-runs") == (200, b"the answer")
 
-    _run(test)
+    run(test)
 
 
 def test_supernode_that_takes_an_old_message_in_stays_in_step(lease: Lease) -> None:
@@ -111,7 +99,7 @@ def test_supernode_that_takes_an_old_message_in_stays_in_step(lease: Lease) -> N
             assert await _request(_gate(Flower(agent), lease, agent), path) == (200, b"the answer")
             assert (await _request(_gate(Flower(agent, 401), lease, agent), path))[0] == 401
 
-    _run(test)
+    run(test)
 
 
 @pytest.mark.parametrize("path", sorted(gate.HELD))
@@ -122,12 +110,12 @@ def test_changing_request_waits_for_the_agent(lease: Lease, path: str) -> None:
         lease.deadline_s = time.monotonic() + 60.0
         app = Flower(agent := Agent())
         request = asyncio.create_task(_request(_gate(app, lease, agent), path))
-        await _settled()
+        await settled()
         assert (app.calls, agent.asked, request.done()) == (1, [1], False)
         agent.answer(is_replicated=True)
         assert await request == (200, b"the answer")
 
-    _run(test)
+    run(test)
 
 
 def test_change_that_is_not_replicated_is_not_acknowledged(lease: Lease) -> None:
@@ -136,13 +124,13 @@ def test_change_that_is_not_replicated_is_not_acknowledged(lease: Lease) -> None
     async def test() -> None:
         lease.deadline_s = time.monotonic() + 60.0
         request = asyncio.create_task(_request(_gate(Flower(agent := Agent()), lease, agent), "/v1/control/start-run"))
-        await _settled()
+        await settled()
         agent.answer(is_replicated=False)
         status, body = await request
         assert status == 503
         assert b"could not be replicated" in body
 
-    _run(test)
+    run(test)
 
 
 @pytest.mark.parametrize(("path", "withdrawn"), [(gate.START_RUN, [b"the answer"]), ("/v1/control/stop-run", [])])
@@ -159,7 +147,7 @@ def test_new_run_that_is_not_acknowledged_is_withdrawn(lease: Lease, path: str, 
         assert (await _request(served, path))[0] == 503
         assert taken_back == withdrawn
 
-    _run(test)
+    run(test)
 
 
 def test_silent_agent_counts_as_no(lease: Lease) -> None:
@@ -170,7 +158,7 @@ def test_silent_agent_counts_as_no(lease: Lease) -> None:
         agent = Agent(timeout_s=0.02)
         assert (await _request(_gate(Flower(agent), lease, agent), "/v1/fleet/register-node"))[0] == 503
 
-    _run(test)
+    run(test)
 
 
 def test_lease_that_ends_while_waiting_takes_the_answer_back(lease: Lease) -> None:
@@ -179,12 +167,12 @@ def test_lease_that_ends_while_waiting_takes_the_answer_back(lease: Lease) -> No
     async def test() -> None:
         lease.deadline_s = time.monotonic() + 60.0
         request = asyncio.create_task(_request(_gate(Flower(agent := Agent()), lease, agent), "/v1/control/stop-run"))
-        await _settled()
+        await settled()
         lease.deadline_s = 0.0
         agent.answer(is_replicated=True)
         assert (await request)[0] == 503
 
-    _run(test)
+    run(test)
 
 
 def test_failed_request_is_answered_at_once(lease: Lease) -> None:
@@ -196,7 +184,7 @@ def test_failed_request_is_answered_at_once(lease: Lease) -> None:
         assert await _request(_gate(app, lease, agent), "/v1/fleet/register-node") == (412, b"the answer")
         assert agent.asked == []
 
-    _run(test)
+    run(test)
 
 
 def test_heartbeats_are_never_held(lease: Lease) -> None:
@@ -209,7 +197,7 @@ def test_heartbeats_are_never_held(lease: Lease) -> None:
             assert (await _request(served, path))[0] == 200
         assert agent.asked == []
 
-    _run(test)
+    run(test)
 
 
 def test_concurrent_changes_share_the_next_round_trip(lease: Lease) -> None:
@@ -219,20 +207,20 @@ def test_concurrent_changes_share_the_next_round_trip(lease: Lease) -> None:
         lease.deadline_s = time.monotonic() + 60.0
         served = _gate(Flower(agent := Agent()), lease, agent)
         first = asyncio.create_task(_request(served, "/v1/fleet/register-node"))
-        await _settled()
+        await settled()
         others = [asyncio.create_task(_request(served, "/v1/fleet/register-node")) for _ in range(5)]
-        await _settled()
+        await settled()
         assert agent.asked == [1]
         agent.answer(is_replicated=True)
         assert (await first)[0] == 200
-        await _settled()
+        await settled()
         assert agent.asked == [1, 2]
         assert not any(other.done() for other in others)
         agent.answer(is_replicated=True)
         assert [status for status, _ in await asyncio.gather(*others)] == [200] * 5
         assert agent.asked == [1, 2]
 
-    _run(test)
+    run(test)
 
 
 def test_nothing_is_asked_when_nobody_has_written_since(lease: Lease) -> None:
@@ -242,13 +230,13 @@ def test_nothing_is_asked_when_nobody_has_written_since(lease: Lease) -> None:
         agent = Agent()
         for answer in (False, True):
             waiting = asyncio.create_task(agent.replication.wait_replicated())
-            await _settled()
+            await settled()
             agent.answer(is_replicated=answer)
             assert await waiting is answer
         assert await agent.replication.wait_replicated()
         assert agent.asked == [1, 2]
 
-    _run(test)
+    run(test)
 
 
 def test_client_that_hangs_up_does_not_take_the_round_from_others() -> None:
@@ -257,13 +245,13 @@ def test_client_that_hangs_up_does_not_take_the_round_from_others() -> None:
     async def test() -> None:
         agent = Agent()
         first, second = (asyncio.create_task(agent.replication.wait_replicated()) for _ in range(2))
-        await _settled()
+        await settled()
         first.cancel()
-        await _settled()
+        await settled()
         agent.answer(is_replicated=True)
         assert await second
 
-    _run(test)
+    run(test)
 
 
 def test_answer_that_comes_too_late_is_ignored() -> None:
@@ -275,7 +263,7 @@ def test_answer_that_comes_too_late_is_ignored() -> None:
         agent.answer(is_replicated=True)
         assert not await agent.replication.wait_replicated()
 
-    _run(test)
+    run(test)
 
 
 def test_superexec_gets_no_work_without_a_lease(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,12 +277,12 @@ def test_superexec_gets_no_work_without_a_lease(lease: Lease, monkeypatch: pytes
         assert app.calls == 0
         monkeypatch.setattr(taskwait, "_STANDBY_ANSWER_S", 60.0)
         request = asyncio.create_task(_request(served, gate.ACQUIRE_TASK, PRIVATE))
-        await _settled()
+        await settled()
         assert not request.done()
         lease.deadline_s = time.monotonic() + 60.0
         assert await request == (200, b"the answer")
 
-    _run(test)
+    run(test)
 
 
 def test_superexec_waits_for_a_task(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +305,7 @@ def test_superexec_waits_for_a_task(lease: Lease, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(taskwait, "_LEADER_ASKS_S", 0.03)
         assert await _request(served, gate.ACQUIRE_TASK, PRIVATE) == (200, b"the answer")
 
-    _run(test)
+    run(test)
 
 
 @pytest.mark.parametrize("pieces", [[b""], [b"abc"], [b"a", b"", b"bc"], [b"abc", b""]])
@@ -340,7 +328,7 @@ def test_body_reaches_flower_in_one_piece(lease: Lease, pieces: list[bytes], is_
         served = _gate(app, lease, Agent())
         await served({"type": "http", "path": "/v1/fleet/push-object", "server": ("", PUBLIC)}, receive, _ignore)
 
-    _run(test)
+    run(test)
     end = {"type": "http.disconnect"}
     body = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
     assert seen == ([body, end] if is_whole else [end, end])
@@ -380,12 +368,12 @@ def test_object_on_its_way_is_waited_for(lease: Lease, pull: str, push: str) -> 
         app = Objects()
         served = _gate(app, lease, Agent())
         request = asyncio.create_task(_request(served, pull))
-        await _settled()
+        await settled()
         assert (app.asked, request.done()) == (1, False)
         await _request(served, push)
         assert await request == (200, THERE)
 
-    _run(test)
+    run(test)
 
 
 def test_object_that_does_not_come_is_not_waited_for_for_ever(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +388,7 @@ def test_object_that_does_not_come_is_not_waited_for_for_ever(lease: Lease, monk
         assert await _request(_gate(app, lease, Agent()), gate.PULL_OBJECT) == (200, MISSING)
         assert app.asked == 3
 
-    _run(test)
+    run(test)
 
 
 def test_flower_says_that_an_object_is_missing_as_we_think() -> None:

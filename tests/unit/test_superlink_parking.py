@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from flwr.superlink.routers.fleet.router import router
 
 from flwr_ha.superlink import parking
 from flwr_ha.superlink.parking import ASKS_FOR_REPLIES, PULL, Parking, node_of
+from tests.unit.eventloop import run, settled
 
 PUSH = "/v1/runtime/push-messages"
 
@@ -71,18 +72,6 @@ async def _never() -> Any:
     raise AssertionError("nothing is to be read")
 
 
-async def _settled() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-def _run(test: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        await asyncio.wait_for(test(), 5.0)
-
-    asyncio.run(limited())
-
-
 def test_idle_supernode_gets_its_message_as_soon_as_it_is_pushed() -> None:
     """All who wait are answered once the ServerApp asks for replies: by then it has pushed every object."""
 
@@ -90,16 +79,16 @@ def test_idle_supernode_gets_its_message_as_soon_as_it_is_pushed() -> None:
         parked = Parking(app := Flower(), is_open=lambda: True)
         nodes = [SuperNode(parked, number) for number in (1, 2)]
         answers = [asyncio.ensure_future(node.ask()) for node in nodes]
-        await _settled()
+        await settled()
         assert not any(answer.done() for answer in answers)
         app.queues = {node.body: [b"train"] for node in nodes}
         parked.watch(PUSH, _never)
-        await _settled()
+        await settled()
         assert not any(answer.done() for answer in answers), "its objects may not be there yet"
         parked.watch(ASKS_FOR_REPLIES, _never)
         assert await asyncio.gather(*answers) == [b"train", b"train"]
 
-    _run(test)
+    run(test)
 
 
 def test_message_that_is_there_is_not_held() -> None:
@@ -112,7 +101,7 @@ def test_message_that_is_there_is_not_held() -> None:
         assert await node.ask() == b"train"
         assert app.asked == 1
 
-    _run(test)
+    run(test)
 
 
 def test_serverapp_that_does_not_ask_for_replies_is_heard_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +112,13 @@ def test_serverapp_that_does_not_ask_for_replies_is_heard_too(monkeypatch: pytes
         parked = Parking(app := Flower(), is_open=lambda: True)
         node = SuperNode(parked, 1)
         answer = asyncio.ensure_future(node.ask())
-        await _settled()
+        await settled()
         app.queues = {node.body: [b"train"]}
         parked.watch(PUSH, _never)
         parked.watch("/v1/runtime/push-object", _never)
         assert await answer == b"train"
 
-    _run(test)
+    run(test)
 
 
 def test_polls_of_serverapps_wake_nobody() -> None:
@@ -138,14 +127,14 @@ def test_polls_of_serverapps_wake_nobody() -> None:
     async def test() -> None:
         parked = Parking(app := Flower(), is_open=lambda: True, hold_s=0.1)
         answer = asyncio.ensure_future(SuperNode(parked, 1).ask())
-        await _settled()
+        await settled()
         for _ in range(5):
             parked.watch(ASKS_FOR_REPLIES, _never)
-            await _settled()
+            await settled()
         assert app.asked == 1
         assert await answer == b""
 
-    _run(test)
+    run(test)
 
 
 @pytest.mark.parametrize(("is_open", "status"), [(False, 200), (True, 500)], ids=["not leading", "an error"])
@@ -157,7 +146,7 @@ def test_other_answers_are_passed_on_at_once(is_open: bool, status: int) -> None
         app.status = status
         assert await SuperNode(parked, 1).ask() == b""
 
-    _run(test)
+    run(test)
 
 
 def test_message_is_not_given_to_a_connection_that_is_gone() -> None:
@@ -167,13 +156,13 @@ def test_message_is_not_given_to_a_connection_that_is_gone() -> None:
         parked = Parking(app := Flower(), is_open=lambda: True)
         node = SuperNode(parked, 1)
         answer = asyncio.ensure_future(node.ask())
-        await _settled()
+        await settled()
         app.queues = {node.body: [b"train"]}
         node.has_hung_up.set()
         assert await answer is None
         assert app.queues == {node.body: [b"train"]}
 
-    _run(test)
+    run(test)
 
 
 def test_message_that_did_not_arrive_is_given_once_more() -> None:
@@ -185,7 +174,7 @@ def test_message_that_did_not_arrive_is_given_once_more() -> None:
         app.queues = {node.body: [b"train"]}
         assert [await node.ask(), await node.ask(), await node.ask()] == [b"train", b"train", b""]
 
-    _run(test)
+    run(test)
 
 
 REQUESTS = [
@@ -207,7 +196,7 @@ def test_message_that_arrived_is_not_given_again(path: str, request_of: Callable
         await two.tell(path, request_of(two.node))
         assert [await one.ask(), await two.ask()] == [b"train", b""]
 
-    _run(test)
+    run(test)
 
 
 def test_flower_asks_and_answers_as_we_think() -> None:

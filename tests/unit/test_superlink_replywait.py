@@ -11,6 +11,7 @@ import pytest
 from flwr_ha.superlink.gate import PUSH_REPLY
 from flwr_ha.superlink.parking import ASKS_FOR_REPLIES
 from flwr_ha.superlink.replywait import ReplyWait
+from tests.unit.eventloop import run, settled
 
 REPLY = b"a reply"
 
@@ -60,31 +61,19 @@ def _body(body: bytes) -> Callable[[], Awaitable[Any]]:
     return receive
 
 
-async def _settled() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
-def _run(test: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        await asyncio.wait_for(test(), 5.0)
-
-    asyncio.run(limited())
-
-
 def test_question_is_answered_when_a_reply_comes() -> None:
     """It is put to Flower twice, unchanged, and no more often."""
 
     async def test() -> None:
         waiting = ReplyWait(app := Flower(), is_open=lambda: True, hold_s=60.0)
         question = asyncio.create_task(_ask(waiting))
-        await _settled()
+        await settled()
         assert (app.questions, question.done()) == ([b"ids"], False)
         await _push(waiting)
         assert await question == REPLY
         assert app.questions == [b"ids", b"ids"]
 
-    _run(test)
+    run(test)
 
 
 def test_reply_that_comes_during_the_question_is_not_missed() -> None:
@@ -102,7 +91,7 @@ def test_reply_that_comes_during_the_question_is_not_missed() -> None:
         waiting = ReplyWait(slow, is_open=lambda: True, hold_s=60.0)
         assert await _ask(waiting) == REPLY
 
-    _run(test)
+    run(test)
 
 
 def test_reply_for_somebody_else_ends_the_wait() -> None:
@@ -111,12 +100,12 @@ def test_reply_for_somebody_else_ends_the_wait() -> None:
     async def test() -> None:
         waiting = ReplyWait(app := Flower(), is_open=lambda: True, hold_s=60.0)
         question = asyncio.create_task(_ask(waiting))
-        await _settled()
+        await settled()
         await _push(waiting, b"")
         assert await question == b""
         assert len(app.questions) == 2
 
-    _run(test)
+    run(test)
 
 
 @pytest.mark.parametrize(("is_open", "hold_s"), [(True, 0.02), (False, 60.0)])
@@ -128,7 +117,7 @@ def test_nobody_waits_for_ever(*, is_open: bool, hold_s: float) -> None:
         assert await _ask(waiting) == b""
         assert len(app.questions) == 1
 
-    _run(test)
+    run(test)
 
 
 def test_one_group_after_the_other_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +130,12 @@ def test_one_group_after_the_other_is_not_held(monkeypatch: pytest.MonkeyPatch) 
         waiting._hold_s = 60.0
         assert await _ask(waiting) == b""
         other = asyncio.create_task(_ask(waiting, b"two"))
-        await _settled()
+        await settled()
         assert not other.done()
         await _push(waiting)
         assert await other == REPLY
 
-    _run(test)
+    run(test)
 
 
 def test_push_that_fails_wakes_too() -> None:
@@ -155,10 +144,10 @@ def test_push_that_fails_wakes_too() -> None:
     async def test() -> None:
         waiting = ReplyWait(app := Flower(), is_open=lambda: True, hold_s=60.0)
         question = asyncio.create_task(_ask(waiting))
-        await _settled()
+        await settled()
         app.is_broken = True
         with pytest.raises(RuntimeError):
             await _push(waiting)
         assert await question == b""
 
-    _run(test)
+    run(test)
