@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import bare
 from bench.result import Figure, Scale, interleaved, median_ratio
 from flwr_ha.local.processes import Program, wait_until
 from flwr_ha.storage.blobs import BlobStore
@@ -41,25 +42,24 @@ def _commit(folder: Path, megabytes: int, times: int) -> list[Figure]:
         store = BlobStore(folder / "own")
         servers = [stack.enter_context(_server(folder, number)) for number in (1, 2)]
         replicator = stack.enter_context(Replicator(store, [peer for peer, _ in servers], secret=SECRET))
+        sockets = stack.enter_context(bare.receivers(folder, len(servers)))
 
         def commit() -> float:
             for array in model.values():
                 np.add(array, 1.0, out=array)
             start_s = time.perf_counter()
-            checkpoint = Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model)
-            saved = save(checkpoint, store, on_part=lambda digest: replicator.offer([digest]))
-            replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
+            _protected(model, store, replicator)
             seconds = time.perf_counter() - start_s
             _empty(folder)
             return seconds
 
-        ours, plain = interleaved(times, commit, lambda: _copies(folder / "plain", model))
-        saved = save(Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model), store)
-        replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
+        ours, plain, least = interleaved(
+            times, commit, lambda: _copies(folder / "plain", model), lambda: bare.commit(folder, model, sockets)
+        )
+        _protected(model, store, replicator)
         before = _stored_bytes(folder)
         model["layer0"] += 1.0
-        saved = save(Checkpoint(run_id="1", server_round=2, num_rounds=2, arrays=model), store)
-        replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
+        _protected(model, store, replicator)
         share = (_stored_bytes(folder) - before) / before
         agent_bytes = max(_peak_bytes(program) for _, program in servers)
     name = f"commit of {megabytes} MB to three replicas"
@@ -68,9 +68,20 @@ def _commit(folder: Path, megabytes: int, times: int) -> list[Figure]:
             name=name, value=statistics.median(ours), unit="s", against=statistics.median(plain),
             ratio=median_ratio(ours, plain), goal=1.0,
         ),
+        Figure(
+            name=f"{name}: the same with bare sockets", value=statistics.median(least), unit="s",
+            against=statistics.median(plain), ratio=median_ratio(least, plain),
+        ),
         Figure(name=f"{name}: memory of the replica that takes it", value=agent_bytes / 1e6, unit="MB", goal=64 + 32),
         Figure(name=f"{name}: stored when 1 of 8 arrays has changed", value=share, unit="models", goal=0.126),
     ]  # fmt: skip
+
+
+def _protected(model: dict[str, np.ndarray], store: BlobStore, replicator: Replicator) -> None:
+    """Bring a checkpoint to all three replicas, as the leader does."""
+    checkpoint = Checkpoint(run_id="1", server_round=1, num_rounds=1, arrays=model)
+    saved = save(checkpoint, store, on_part=lambda digest: replicator.offer([digest]))
+    replicator.protect([*saved.parts, saved.digest], needed=2, timeout_s=600.0)
 
 
 @contextmanager
