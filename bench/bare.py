@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flwr_ha.local.processes import Program, wait_until
+from bench.listening import announce, listening
 from flwr_ha.storage.files import CHUNK_BYTES, WRITEBACK_BYTES, start_writeback, write_all
 
 _HEADER = struct.Struct(">Q32s")  # bytes and SHA-256 of an array
@@ -35,11 +35,8 @@ def receivers(folder: Path, number: int) -> Iterator[list[socket.socket]]:
         for index in range(number):
             own = folder / f"bare-{index + 1}"
             own.mkdir(parents=True)
-            command = [sys.executable, "-m", "bench.bare", str(own)]
-            program = Program(f"receiver {index}", command, log_file=own / "log", environment={})
-            stack.callback(program.kill_tree)
-            port = wait_until(lambda own=own: _read(own / "port"), timeout_s=60.0, what="a receiver")
-            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", int(port)))))
+            port, _ = stack.enter_context(listening("bench.bare", folder, index + 1, str(own)))
+            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", port))))
         yield connections
 
 
@@ -106,17 +103,11 @@ def _finish(connection: socket.socket, descriptor: int) -> None:
     connection.sendall(_DONE)
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
 def main() -> None:
     """Take arrays from one sender until it ends."""
-    folder = Path(sys.argv[1])
+    port_file, folder = Path(sys.argv[1]), Path(sys.argv[2])
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as finishing:
-        temporary = folder / "port.new"
-        temporary.write_text(str(listener.getsockname()[1]))
-        temporary.rename(folder / "port")
+        announce(listener, port_file)
         connection, _ = listener.accept()
         with connection:
             number = 0

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from bench import bare
+from bench.listening import listening
 from bench.result import Figure, Scale, interleaved, median_ratio
-from flwr_ha.local.processes import Program, wait_until
+from flwr_ha.local.processes import Program
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.checkpoint import Checkpoint, save
 from flwr_ha.storage.peer import Peer
@@ -86,14 +86,8 @@ def _protected(model: dict[str, np.ndarray], store: BlobStore, replicator: Repli
 
 @contextmanager
 def _server(folder: Path, number: int) -> Iterator[tuple[Peer, Program]]:
-    port_file = folder / f"port-{number}"
-    command = [sys.executable, "-m", "bench.blobprocess", str(folder / f"peer-{number}"), str(port_file), SECRET]
-    program = Program(f"replica {number}", command, log_file=folder / "logs" / f"{number}.log", environment={})
-    try:
-        port = wait_until(lambda: port_file.exists() and port_file.read_text(), timeout_s=60.0, what="a blob server")
+    with listening("bench.blobprocess", folder, number, str(folder / f"peer-{number}"), SECRET) as (port, program):
         yield Peer(number, f"127.0.0.1:{port}"), program
-    finally:
-        program.kill_tree()
 
 
 def _copies(folder: Path, model: dict[str, np.ndarray]) -> float:
