@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -20,17 +22,24 @@ _STYLES = {
 }
 
 
+def _table(title: str, *headings: str, wrapped: Collection[str]) -> Table:
+    """Return a table that fits a terminal of 80 columns: in a narrow one only `wrapped` columns become narrower."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=len(title))
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading not in wrapped)
+    return table
+
+
 def styled(text: str) -> Text:
     """Return a state or role in its colour."""
     return Text(text, style=_STYLES.get(text, ""))
 
 
 def replica_table(cluster: dict[str, Any]) -> Table:
-    """Return the replicas of ``GET /cluster``."""
+    """Return the replicas of ``GET /cluster``; their lag is in rounds."""
     paused = "  (automatic failover is paused)" if cluster["paused"] else ""
-    table = Table(title=f"Cluster {cluster['cluster']}, term {cluster['term']}{paused}", title_justify="left")
-    for heading in ("Replica", "Role", "State", "Address", "API", "Lag in rounds"):
-        table.add_column(heading)
+    title = f"Cluster {cluster['cluster']}, term {cluster['term']}{paused}"
+    table = _table(title, "Replica", "Role", "State", "Address", "API", "Lag", wrapped=("Address", "API"))
     for replica in cluster["replicas"]:
         lag = replica["lag_rounds"]
         table.add_row(
@@ -45,22 +54,20 @@ def replica_table(cluster: dict[str, Any]) -> Table:
 
 
 def run_table(cluster: dict[str, Any]) -> Table:
-    """Return the runs of ``GET /cluster``."""
-    table = Table(title="Runs", title_justify="left")
-    for heading in ("Run", "App", "State", "Round", "Nodes", "Copies on", "Newest metrics", "Reason"):
-        table.add_column(heading, overflow="fold")
+    """Return the runs of ``GET /cluster``, oldest first, each with its app below its id."""
+    table = _table(
+        "Runs", "Run and app", "State", "Round", "Nodes", "Copies", "Metrics, reason", wrapped=("Metrics, reason",)
+    )
     for run in cluster["runs"]:
         checkpoint = run["checkpoint"]
         newest = run["metrics"].get(str(run["server_round"]), {})
         table.add_row(
-            run["run_id"],
-            run["app"],
+            f"{run['run_id']}\n{run['app']}",
             styled(run["state"]),
             f"{run['server_round']}/{run['num_rounds'] or '?'}",
             f"{run['nodes_online']} of {run['min_nodes']}" if run["min_nodes"] else str(run["nodes_online"]),
             ", ".join(map(str, checkpoint["copies"])) if checkpoint else "-",
-            metrics_text(newest),
-            run["reason"],
+            "\n".join(filter(None, (metrics_text(newest), run["reason"]))),
         )
     return table
 
@@ -74,9 +81,7 @@ def metrics_text(metrics: dict[str, Any]) -> str:
 
 def history_table(history: list[dict[str, Any]]) -> Table:
     """Return the leadership changes of ``GET /history``."""
-    table = Table(title="Leadership changes", title_justify="left")
-    for heading in ("Term", "Leader", "At", "Reason"):
-        table.add_column(heading)
+    table = _table("Leadership changes", "Term", "Leader", "At", "Reason", wrapped=("Reason",))
     for change in history:
         table.add_row(str(change["term"]), str(change["leader"]), change["at"], change["reason"])
     return table
@@ -84,9 +89,8 @@ def history_table(history: list[dict[str, Any]]) -> Table:
 
 def checkpoint_table(run_id: str, entries: list[dict[str, Any]]) -> Table:
     """Return the committed rounds of one run."""
-    table = Table(title=f"Committed rounds of run {run_id}", title_justify="left")
-    for heading in ("Round", "Term", "Kept", "Bytes", "Committed at", "Model digest"):
-        table.add_column(heading)
+    title = f"Committed rounds of run {run_id}"
+    table = _table(title, "Round", "Term", "Kept", "Bytes", "Committed at", "Model digest", wrapped=("Model digest",))
     for entry in entries:
         table.add_row(
             str(entry["server_round"]),

@@ -68,7 +68,13 @@ def statuses(view: View, leader: int | None) -> dict[str, RunStatus]:
 
 
 def _run_ids(view: View, leader: int | None) -> list[str]:
-    return sorted({*view.heads, *statuses(view, leader)}, key=int)
+    """Return the runs, oldest first: the ones that the leader has dropped from its list, then that list.
+
+    Flower's run ids are random; the leader lists its runs as they were submitted.
+    """
+    listed = statuses(view, leader)
+    others = sorted((head.committed_at, run_id) for run_id, head in view.heads.items() if run_id not in listed)
+    return [*(run_id for _, run_id in others), *listed]
 
 
 def _run(run_id: str, view: View, leader: int | None, commits: Sequence[Head]) -> dict[str, Any]:

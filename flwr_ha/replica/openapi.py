@@ -105,7 +105,7 @@ def _information() -> Json:
     }
     return {
         "/cluster": _get(
-            "The cluster, its replicas and runs; the same from every replica",
+            "The cluster, its replicas, and its runs, oldest first; the same from every replica",
             {"200": _json("As it was last read from the coordinator", _ref("Cluster"))},
         ),
         "/history": _get("Leadership changes, newest last", {"200": _json("Changes", _list(_ref("LeadershipChange")))}),

@@ -51,14 +51,14 @@ class RunBoard:
         return frozenset(status.run_id for status in self.statuses() if status.state in busy)
 
     def statuses(self) -> tuple[RunStatus, ...]:
-        """Return the status of each run, the newest `MAX_RUNS` of those that have ended."""
+        """Return the status of each run, oldest first; of those that have ended the newest `MAX_RUNS`."""
         with self._lock:
             reports, summary = dict(self._reports), self._summary
         if summary is None:
             return tuple(reports.values())
         merged = [_merge(row, summary.nodes_online, reports.get(row.run_id)) for row in summary.runs]
-        ended = [status for status in merged if status.state.is_final]
-        return (*(status for status in merged if not status.state.is_final), *ended[-MAX_RUNS:])
+        surplus = [status.run_id for status in merged if status.state.is_final][:-MAX_RUNS]
+        return tuple(status for status in merged if status.run_id not in surplus)
 
 
 def _merge(row: RunRow, nodes_online: int, report: RunStatus | None) -> RunStatus:

@@ -205,10 +205,12 @@ class Newcomer:
         self.type(command)
 
     def with_run(self, command: str) -> None:
-        """Put the run id, which ``flwr-ha list`` shows, for RUN."""
-        found = re.search(r"\b\d{15,20}\b", self.listed())
+        """Put the id of the newest run, which ``flwr-ha list`` shows, for RUN, once a round of it is committed."""
+        newest = rf"\b(\d{{15,20}})\b.*\b[1-9]\d*/{ROUNDS}\b(?!.*\d{{15,20}})"
+        self._wait_listed(f"(?s){newest}", what="a committed round of the newest run")
+        found = re.search(newest, self.listed(), re.DOTALL)
         assert found is not None
-        self.type(command.replace("RUN", found[0]))
+        self.type(command.replace("RUN", found[1]))
 
     def _is_running(self, name: str) -> bool:
         return name in self.programs and self.programs[name].is_alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,17 @@ def test_run_without_a_commit_is_shown() -> None:
     view = View(leader=leader(1), replicas={1: record(1, runs=[WAITING])}, term=3)
     (run,) = cluster_json(SETTINGS, view, {})["runs"]
     assert (run["server_round"], run["checkpoint"], run["metrics"], run["num_rounds"]) == (0, None, {}, 8)
+
+
+def test_runs_are_shown_oldest_first() -> None:
+    """What the leader has dropped from its list is older than that list, whose order is that of submission."""
+    listed = [replace(WAITING, run_id=run_id) for run_id in ("3", "1")]
+    heads = {
+        run_id: replace(head(3), run_id=run_id, committed_at=f"2026-11-24T03:00:0{at}Z")
+        for run_id, at in (("1", 9), ("2", 2), ("4", 1))
+    }
+    view = View(leader=leader(1), replicas={1: record(1, runs=listed)}, heads=heads, term=3)
+    assert [run["run_id"] for run in cluster_json(SETTINGS, view, {})["runs"]] == ["4", "2", "3", "1"]
 
 
 def test_replica_that_has_not_looked_yet_counts_as_the_commit_said() -> None:

@@ -90,6 +90,13 @@ def test_old_runs_are_left_out_and_live_ones_never() -> None:
     assert shown == ["0", *(str(number) for number in range(11, MAX_RUNS + 11))]
 
 
+def test_runs_are_listed_as_they_were_submitted() -> None:
+    """Flower's ids are random, and a run that has ended does not change its place."""
+    board = RunBoard()
+    board.observe(summary(row("9", TaskState.FINISHED), row("1", TaskState.RUNNING), row("5", TaskState.FAILED)))
+    assert [status.run_id for status in board.statuses()] == ["9", "1", "5"]
+
+
 def test_next_leadership_starts_with_nothing() -> None:
     """What was reported under another term is not true any more."""
     board = RunBoard()
