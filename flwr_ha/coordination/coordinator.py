@@ -180,6 +180,17 @@ class Coordinator(Ledger):
         except ConflictError:
             return
 
+    def disown(self, term: int) -> None:
+        """Give up a leadership of this start that the caller does not hold: the answer to its campaign was lost.
+
+        An entry of another replica, of an earlier start or of another term is left alone.
+        """
+        leader, newest = self.leader(), self._store.get(TERM)
+        if leader is None or newest is None or (leader.instance, leader.term) != (self._instance, term):
+            return
+        if int(newest.data) == term:
+            self.resign(Leadership(term=term, term_version=newest.version, instance=self._instance))
+
     def set_paused(self, is_paused: bool) -> None:
         """Switch automatic failover off or on, for the whole cluster."""
         while (self._store.get(PAUSED) is not None) != is_paused:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr_ha.coordination.coordinator import Leadership
@@ -115,7 +116,6 @@ class Agent:
         self.tools = tools
         self.state = MachineState(replica_id=settings.id)
         self.office: Office | None = None
-        self._last: Leadership | None = None
         self.life: Life | None = None
         self.beat_s = time.monotonic()
         self.list_stale: Callable[[], Sequence[ChildRecord]] = tuple
@@ -188,8 +188,8 @@ class Agent:
                     self.life.superlink.set_lease(until_s)
             case StandDown(term=term, reason=reason):
                 self._stand_down(term, reason)
-            case Resign(reason=reason):
-                self._worker.submit(self._resign, self._last, reason)
+            case Resign(term=term, reason=reason):
+                self._worker.submit(self._resign, partial(self.tools.coordinator.disown, term), reason)
             case StartSuperLink():
                 pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._failed_starts) if self._failed_starts else 0.0
                 self._start_due_s = time.monotonic() + pause_s
@@ -209,7 +209,6 @@ class Agent:
         if leadership is None or life is None:
             self.post(NotElected("another replica leads"))
             return
-        self._last = leadership
         self.office = Office(leadership, Duties(self.tools, leadership, life.superlink, life.database))
         reach("takeover.elected")
         self.tools.events.add("elected", f"term {leadership.term}: {reason}", term=leadership.term)
@@ -241,13 +240,11 @@ class Agent:
         reach("stand-down.after-kill")
         self.tools.events.add("stand-down", f"term {term}: {reason}", term=term)
         if office is not None:
-            self._worker.submit(self._resign, office.leadership, reason)
+            self._worker.submit(self._resign, partial(self.tools.coordinator.resign, office.leadership), reason)
 
-    def _resign(self, leadership: Leadership | None, reason: str) -> None:
-        if leadership is None:
-            return  # an earlier life of this replica left the entry; its session ends by itself
+    def _resign(self, act: Callable[[], None], reason: str) -> None:
         try:
-            self.tools.coordinator.resign(leadership)
+            act()
         except CoordinationError as error:
             log.warning("the resignation (%s) did not get through, the session will end it: %s", reason, error)
 

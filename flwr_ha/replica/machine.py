@@ -202,8 +202,8 @@ def _seen(state: MachineState, seen: Seen, now_s: float, timing: Timing) -> Step
         since = now_s
     state = replace(state, term=max(state.term, seen.term), leaderless_since_s=since)
     if seen.leader == state.replica_id and state.phase is Phase.STANDBY:
-        # The session outlived the lease, or the answer to the resignation was lost.
-        return state, (Resign("the leadership was given up, but the coordinator still lists it"),)
+        # The session outlived the lease, or the answer to the campaign or to the resignation was lost.
+        return state, (Resign(seen.term, "the coordinator still lists a leadership that this replica does not have"),)
     if since is None or not _may_campaign(state, seen, now_s, since + timing.defer_s):
         return state, ()
     return replace(state, phase=Phase.CAMPAIGNING), (Campaign(_why_campaign(state, seen)),)

@@ -169,8 +169,9 @@ class StandDown:
 
 @dataclass(frozen=True, slots=True)
 class Resign:
-    """Withdraw a leadership that the coordinator still lists, though it was given up."""
+    """Withdraw a leadership that the coordinator still lists, though it was given up or never heard of."""
 
+    term: int
     reason: str
 
 

@@ -115,6 +115,32 @@ def test_a_leadership_of_an_old_session_is_not_revived_by_a_new_one(pair, cluste
     assert first.commit(new, make_head(2, 0)).position.term == 2
 
 
+def test_a_leadership_that_nobody_heard_of_is_disowned(pair):
+    """Its holder knows the term from the coordinator alone; without this nobody leads while its session lives."""
+    first, second, _ = pair
+    assert first.campaign("its answer is lost").term == 1
+
+    first.disown(1)
+
+    assert first.view().leader is None
+    assert second.campaign("the leader is gone").term == 2
+
+
+def test_only_the_own_leadership_of_that_very_term_is_disowned(pair, cluster):
+    """What a late look at the coordinator says may be about a term that is over, or about another start."""
+    first, second, _ = pair
+    first.disown(1)
+    first.resign(first.campaign("start"))
+    first.campaign("again")
+
+    first.disown(1)
+    first.disown(3)
+    second.disown(2)
+    cluster.coordinator(0, "an earlier start").disown(2)
+
+    assert first.view().leader.term == 2
+
+
 def test_a_head_of_another_term_than_the_leadership_is_refused(pair, make_head):
     """A round that was trained under an old term is never committed under a new one."""
     first, _, _ = pair

@@ -97,8 +97,8 @@ class Walk(RuleBasedStateMachine):
                 case StandDown(term=term):
                     site.is_superlink_up, site.superlink_until_s = False, 0.0
                     self._resign(site, term)
-                case Resign():
-                    self._resign(site, self.leader[1] if self.leader else 0)
+                case Resign(term=term):
+                    self._resign(site, term)
                 case StartSuperLink():
                     assert not site.state.is_stopping
                     site.is_superlink_up, site.superlink_until_s = True, 0.0
