@@ -146,7 +146,7 @@ def replica(
     start_replica(load_settings(config), replica_id)
 
 
-def start_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[Life], None] | None = None) -> None:
+def start_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[Life], bool] | None = None) -> None:
     """Run a replica with its log on standard error; an unreachable coordinator is a wrong setting at start."""
     from flwr_ha.replica.main import run_replica
 
@@ -275,11 +275,14 @@ def run_example(folder: Path) -> int:
 
         is_submitted = False
 
-        def when_leading(life: Life) -> None:
+        def when_leading(life: Life) -> bool:
             nonlocal is_submitted
             is_again = rerun and not is_submitted
-            submit(folder, life.database, life.superlink.private_port, is_rerun=is_again, run_config=run_config)
-            is_submitted = True
+            is_there = submit(
+                folder, life.database, life.superlink.private_port, is_rerun=is_again, run_config=run_config
+            )
+            is_submitted = is_submitted or is_there
+            return is_there
 
         named = config or (None if "FLWR_HA_CONFIG" in os.environ else folder / "pyproject.toml")
         start_replica(load_settings(named), replica_id, when_leading=when_leading)

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -24,6 +25,7 @@ from flwr_ha.errors import ConfigError
 from flwr_ha.replica.agent import Agent, Life, MakeLife
 from flwr_ha.replica.api import create_api, is_authorized
 from flwr_ha.replica.apiserver import ApiServer, bind
+from flwr_ha.replica.clusterview import running_replicas
 from flwr_ha.replica.dashboard import page_routes
 from flwr_ha.replica.duties import Tools
 from flwr_ha.replica.eventlog import EventLog
@@ -50,9 +52,11 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 15.0
 PORT_PATIENCE_S = 3.0
 PULSES_PER_LEASE = 6
+LOOK_AGAIN_S = 0.2
+ACT_AGAIN_S, LONGEST_ACT_PAUSE_S = 1.0, 60.0
 
 
-def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[Life], None] | None = None) -> None:
+def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[Life], bool] | None = None) -> None:
     """Run a replica until SIGTERM or SIGINT, which hand the leadership over.
 
     Parameters
@@ -62,7 +66,8 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
     replica_id : int
         Which of its replicas this process is.
     when_leading : callable, optional
-        Called in a thread of its own each time this replica has begun to serve.
+        Called in a thread of its own each time this replica has begun to serve, once a majority of replicas runs
+        and could keep what it does; False: call it again later.
 
     Raises
     ------
@@ -103,8 +108,9 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
         session_server = stack.enter_context(ApiServer(Endpoint("127.0.0.1", 0), tls=TlsSettings()))
         make_life = _life_maker(settings, folder, f"http://127.0.0.1:{session_server.port}")
         agent = Agent(own, tools, make_life, proven_until=store.proven_until, timing=Timing())
-        agent.when_leading = when_leading
         replica = Replica(settings, agent, tools, wake=wake, pulse_s=store.lease_s / PULSES_PER_LEASE)
+        if when_leading is not None:
+            agent.when_leading = partial(act_when_safe, when_leading, agent, replica, tools.needed_copies)
         coordinator.join(replica.record(), wait_timeout_s=store.session_timeout_s + 2.0)
         _check_public_address(own.address, coordinator)
         routes = blob_routes(
@@ -128,6 +134,23 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
             stack.enter_context(collector)
         event_log.add("start", f"replica {replica_id} of cluster {settings.cluster} starts, API on {own.api}")
         agent.run()
+
+
+def act_when_safe(act: Callable[[Life], bool], agent: Agent, replica: Replica, needed_copies: int, life: Life) -> None:
+    """Do what is to be done in this leadership when it can be made safe, and again until it has succeeded."""
+    pause_s, is_told = ACT_AGAIN_S, False
+    while agent.life is life:
+        running = len(running_replicas(replica.pulse.sight.view))
+        if running > needed_copies:
+            if act(life):
+                return
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_ACT_PAUSE_S)
+            continue
+        if not is_told:
+            log.info("nothing is submitted yet: %d of %d needed replicas run", running, needed_copies + 1)
+            is_told = True
+        time.sleep(LOOK_AGAIN_S)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from flwr_ha.superlink.database import connect, data_version
 from flwr_ha.superlink.gate import Gate, Replication
 from flwr_ha.superlink.lease import Lease
 from flwr_ha.superlink.public import PublicListener, listening_sockets
-from flwr_ha.superlink.tasks import stop_run
+from flwr_ha.superlink.tasks import WITHDRAWN, stop_run
 from flwr_ha.superlink.taskwait import PendingTasks
 from flwr_ha.superlink.tether import die_with_parent
 from flwr_ha.superlink.watch import unsigned
@@ -153,13 +153,12 @@ class Child:
 
     def _withdraw(self, run_id: str) -> None:
         """End a run whose submission is not acknowledged; in a thread of its own."""
-        reason = "its submission could not be made safe on a majority of replicas: submit it again"
         try:
-            stop_run(self._database, run_id, reason=reason)
+            stop_run(self._database, run_id, reason=WITHDRAWN)
         except sqlite3.Error as error:  # its answer is a refusal all the same
             logger.error("run %s was not acknowledged and cannot be withdrawn: %s", run_id, error)
         else:
-            logger.warning("run %s was withdrawn: %s", run_id, reason)
+            logger.warning("run %s was withdrawn: %s", run_id, WITHDRAWN)
 
     def _public_connections(self) -> Iterator[asyncio.Transport]:
         for transport in self._server.transports():

@@ -9,16 +9,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from flwr_ha.superlink import linkstate
+from flwr_ha.superlink.tasks import WITHDRAWN
 from flwr_ha.superlink.tether import tethered
+from flwr_ha.superlink.watch import RunRow, TaskState
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 120.0
 
 
-def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool, run_config: str = "") -> None:
+def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool, run_config: str = "") -> bool:
     """Run this module in a process of its own, since the agent does not import Flower.
 
     Parameters
@@ -33,6 +36,11 @@ def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool, r
         Whether to submit the app though there is a run of it.
     run_config : str
         What ``flwr run --run-config`` takes; empty: the app's own values.
+
+    Returns
+    -------
+    bool
+        Whether the cluster has the run now. If not, the log says why: try again later.
     """
     command = [sys.executable, "-m", __name__, str(folder), str(database), str(private_port), str(int(is_rerun))]
     command += [run_config] if run_config else []
@@ -40,18 +48,28 @@ def submit(folder: Path, database: Path, private_port: int, *, is_rerun: bool, r
         done = subprocess.run(tethered(command), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         log.error("the app in %s could not be submitted within %.0f s", folder, TIMEOUT_S)
-        return
+        return False
     if done.returncode == 0:
         log.info("%s", done.stdout.strip())
     else:
         log.error("the app in %s could not be submitted: %s", folder, (done.stdout + done.stderr).strip())
+    return done.returncode == 0
+
+
+def run_of(fab_hash: str, runs: Iterable[RunRow]) -> RunRow | None:
+    """Return the first run of an app's bundle, passing over submissions that were not acknowledged."""
+    for run in runs:
+        is_withdrawn = run.state is TaskState.STOPPED and run.details == WITHDRAWN
+        if run.fab_hash == fab_hash and not is_withdrawn:
+            return run
+    return None
 
 
 def _main(folder: str, database: str, private_port: str, is_rerun: str, run_config: str = "") -> int:
     from flwr.cli.build import build_fab_from_disk
 
     fab_hash = hashlib.sha256(build_fab_from_disk(Path(folder))).hexdigest()
-    known = next((run for run in linkstate.summary(Path(database)).runs if run.fab_hash == fab_hash), None)
+    known = run_of(fab_hash, linkstate.summary(Path(database)).runs)
     if known is not None and is_rerun == "0":
         print(f"the cluster has run {known.run_id} ({known.state}) of this very app: nothing is submitted")
         return 0

@@ -86,6 +86,9 @@ def fail_task(database: Path, task_id: str, *, reason: str) -> bool:
     return is_failed
 
 
+WITHDRAWN = "its submission could not be made safe on a majority of replicas: submit it again"
+
+
 def stop_run(database: Path, run_id: str, *, reason: str) -> bool:
     """End a run as stopped, as ``flwr stop`` does.
 
