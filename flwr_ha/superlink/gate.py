@@ -200,7 +200,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path, is_public = scope["path"], scope["server"][1] != self._private_port
-        receive = self._parking.watch(path, in_one_piece(receive))
+        receive, send = self._parking.watch(path, in_one_piece(receive), send)
         if is_public and not self._lease.is_valid:
             await _refuse(send, "this replica does not lead")
         elif path in HELD:

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of, is_empty, send_all
+from flwr_ha.superlink.asgi import App, Message, News, Receive, Scope, Send, ask, body_of, is_empty, send_all, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class Parking:
     -----
     A message counts as delivered once Flower has answered with it. The connection of a SuperNode that
     has waited may be dead without anybody knowing, so the last message is kept until the SuperNode
-    shows that it has it, and is given once more to one that asks for work instead.
+    shows that it has it, and is given once more to one that asks for work instead. Who a request comes
+    from is known only from Flower's answer: it checks the signatures.
     """
 
     def __init__(self, app: App, *, is_open: Callable[[], bool], hold_s: float = _HOLD_S) -> None:
@@ -52,23 +54,17 @@ class Parking:
         self._news = News()
         self._timer: asyncio.TimerHandle | None = None
         self._has_met = False
-        self._unconfirmed: dict[bytes, tuple[float, list[Message]]] = {}
+        self._unconfirmed: dict[bytes, _Kept] = {}
 
     async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a SuperNode that asks for work."""
         if not self._has_met:
             self._has_met = True
             logger.info("the first SuperNode asks for work")
-        body = await body_of(receive)
-        answer = self._kept(node := node_of(body))
-        if answer is None:
-            answer = await self._wait(scope, body, receive)
-            if _has_work(answer):
-                self._unconfirmed[node] = (time.monotonic(), answer)
-        await send_all(send, answer)
+        await send_all(send, await self._wait(scope, await body_of(receive), receive))
 
-    def watch(self, path: str, receive: Receive) -> Receive:
-        """Take note of what a request says about news and about messages that have arrived."""
+    def watch(self, path: str, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """Take note of what a request and its answer say about news and about messages that have arrived."""
         if path == ASKS_FOR_REPLIES:
             if self._timer is not None:
                 self._wake()
@@ -77,8 +73,8 @@ class Parking:
                 self._timer.cancel()
             self._timer = asyncio.get_running_loop().call_later(_QUIET_S, self._wake)
         elif path in TAKES_IN and self._unconfirmed:
-            return self._confirming(receive)
-        return receive
+            return self._confirming(receive, send)
+        return receive, send
 
     async def _wait(self, scope: Scope, body: bytes, receive: Receive) -> list[Message]:
         """Return Flower's answer; an empty list where the SuperNode has hung up."""
@@ -87,7 +83,7 @@ class Parking:
         try:
             while True:
                 news = self._news.coming()  # before the question: what comes meanwhile counts
-                answer = await ask(self._app, scope, body)
+                answer = self._next(node_of(body), await ask(self._app, scope, body))
                 rest_s = give_up_s - time.monotonic()
                 if not is_empty(answer) or rest_s <= 0 or not self._is_open():
                     return answer
@@ -105,18 +101,45 @@ class Parking:
         self._timer = None
         self._news.tell()
 
-    def _kept(self, node: bytes) -> list[Message] | None:
-        sent_s, answer = self._unconfirmed.pop(node, (float("-inf"), []))
-        return answer if time.monotonic() - sent_s < _REPEATED_WITHIN_S else None
+    def _next(self, node: bytes, answer: list[Message]) -> list[Message]:
+        """Return what a node gets now: the message that it has not confirmed comes before Flower's answer."""
+        if status_of(answer) != 200:
+            return answer
+        kept, now_s = self._unconfirmed.pop(node, None), time.monotonic()
+        if kept is not None and kept.given_s is not None and now_s - kept.given_s >= _REPEATED_WITHIN_S:
+            kept = None
+        if not is_empty(answer):
+            self._unconfirmed[node] = _Kept(answer, given_s=now_s if kept is None else None)
+        elif kept is not None and kept.given_s is None:
+            self._unconfirmed[node] = replace(kept, given_s=now_s)
+        return answer if kept is None else kept.answer
 
-    def _confirming(self, receive: Receive) -> Receive:
-        async def forward() -> Message:
+    def _confirming(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        node = b""
+
+        async def note_node() -> Message:
+            nonlocal node
             message = await receive()
             if message["type"] == "http.request":
-                self._unconfirmed.pop(node_of(message.get("body", b"")), None)
+                node = node_of(message.get("body", b""))
             return message
 
-        return forward
+        async def note_answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 500 and message["status"] != 401:
+                kept = self._unconfirmed.get(node)
+                if kept is not None and kept.given_s is not None:
+                    del self._unconfirmed[node]
+            await send(message)
+
+        return note_node, note_answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Hold Flower's answer to a node that has not shown yet that it has it; `given_s` is None before it was sent."""
+
+    answer: list[Message]
+    given_s: float | None
 
 
 def node_of(body: bytes) -> bytes:
@@ -124,10 +147,6 @@ def node_of(body: bytes) -> bytes:
     if len(body) < 2 or body[0] != 0x0A or body[1] >= 0x80:
         return b""
     return body[: 2 + body[1]]
-
-
-def _has_work(answer: list[Message]) -> bool:
-    return any(message.get("status") == 200 for message in answer) and not is_empty(answer)
 
 
 async def _until_hung_up(receive: Receive) -> None:

@@ -61,15 +61,20 @@ class SuperNode:
         await self.parked.pull({"type": "http", "path": PULL}, receive, send)
         return b"".join(message.get("body", b"") for message in sent[1:]) if sent else None
 
-    async def tell(self, path: str, request: Any) -> None:
+    async def tell(self, path: str, request: Any, *, status: int = 200) -> None:
         async def receive() -> Any:
             return {"type": "http.request", "body": request.SerializeToString(), "more_body": False}
 
-        await self.parked.watch(path, receive)()
+        async def send(message: Any) -> None:
+            assert message["status"] == status
+
+        note, answer = self.parked.watch(path, receive, send)
+        await note()
+        await answer({"type": "http.response.start", "status": status})
 
 
-async def _never() -> Any:
-    raise AssertionError("nothing is to be read")
+async def _never(*_: Any) -> Any:
+    raise AssertionError("nothing is to be read or sent")
 
 
 def test_idle_supernode_gets_its_message_as_soon_as_it_is_pushed() -> None:
@@ -82,10 +87,10 @@ def test_idle_supernode_gets_its_message_as_soon_as_it_is_pushed() -> None:
         await settled()
         assert not any(answer.done() for answer in answers)
         app.queues = {node.body: [b"train"] for node in nodes}
-        parked.watch(PUSH, _never)
+        parked.watch(PUSH, _never, _never)
         await settled()
         assert not any(answer.done() for answer in answers), "its objects may not be there yet"
-        parked.watch(ASKS_FOR_REPLIES, _never)
+        parked.watch(ASKS_FOR_REPLIES, _never, _never)
         assert await asyncio.gather(*answers) == [b"train", b"train"]
 
     run(test)
@@ -114,8 +119,8 @@ def test_serverapp_that_does_not_ask_for_replies_is_heard_too(monkeypatch: pytes
         answer = asyncio.ensure_future(node.ask())
         await settled()
         app.queues = {node.body: [b"train"]}
-        parked.watch(PUSH, _never)
-        parked.watch("/v1/runtime/push-object", _never)
+        parked.watch(PUSH, _never, _never)
+        parked.watch("/v1/runtime/push-object", _never, _never)
         assert await answer == b"train"
 
     run(test)
@@ -129,7 +134,7 @@ def test_polls_of_serverapps_wake_nobody() -> None:
         answer = asyncio.ensure_future(SuperNode(parked, 1).ask())
         await settled()
         for _ in range(5):
-            parked.watch(ASKS_FOR_REPLIES, _never)
+            parked.watch(ASKS_FOR_REPLIES, _never, _never)
             await settled()
         assert app.asked == 1
         assert await answer == b""
@@ -173,6 +178,42 @@ def test_message_that_did_not_arrive_is_given_once_more() -> None:
         node = SuperNode(parked, 1)
         app.queues = {node.body: [b"train"]}
         assert [await node.ask(), await node.ask(), await node.ask()] == [b"train", b"train", b""]
+
+    run(test)
+
+
+def test_message_is_given_to_nobody_whom_flower_does_not_know() -> None:
+    """Node ids are no secret; who asks in the name of another node gets nothing, and takes nothing from it."""
+
+    async def test() -> None:
+        parked = Parking(app := Flower(), is_open=lambda: True, hold_s=0.01)
+        node, forger = SuperNode(parked, 1), SuperNode(parked, 1)
+        app.queues = {node.body: [b"train"]}
+        assert await node.ask() == b"train"
+        app.status = 401
+        assert await forger.ask() == b""
+        path, request_of = REQUESTS[0]
+        await forger.tell(path, request_of(node.node), status=401)
+        app.status = 200
+        assert await node.ask() == b"train"
+
+    run(test)
+
+
+def test_message_that_did_not_arrive_comes_before_a_newer_one() -> None:
+    """None of the two is lost, and the newer one is kept until it has arrived, too."""
+
+    async def test() -> None:
+        parked = Parking(app := Flower(), is_open=lambda: True, hold_s=0.01)
+        node = SuperNode(parked, 1)
+        path, request_of = REQUESTS[0]
+        app.queues = {node.body: [b"train"]}
+        assert await node.ask() == b"train"
+        app.queues = {node.body: [b"evaluate"]}
+        assert await node.ask() == b"train"
+        await node.tell(path, request_of(node.node))  # about the first one
+        assert [await node.ask(), await node.ask()] == [b"evaluate", b"evaluate"]
+        assert await node.ask() == b""
 
     run(test)
 
