@@ -148,8 +148,10 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 def start_client(machines: Machines, host: str, partition: int) -> Program:
-    """Start a SuperNode as section 5 says."""
-    command = machines.block(5, "bash").strip().replace("partition-id=0", f"partition-id={partition}")
+    """Set a client's machine up and start its SuperNode as section 5 says."""
+    (machines.folder / host / "checkout").mkdir(parents=True)
+    machines.type(host, machines.block(5, "bash"))
+    command = machines.block(5, "bash", 1).strip().replace("partition-id=0", f"partition-id={partition}")
     return machines.cluster.run(
         host, f"supernode-{host}", ["bash", "-c", f"cd {machines.folder}/etc/flwr-ha && {command}"]
     )
@@ -161,8 +163,9 @@ def submit(machines: Machines) -> None:
     home.mkdir(parents=True)
     ca_file = machines.folder / "etc/flwr-ha/ca.crt"
     (home / "config.toml").write_text(machines.block(5, "toml", 0).replace("ca.crt", str(ca_file)))
-    run, _ = machines.block(5, "bash", 1).splitlines()
-    run += " --run-config 'num-server-rounds=3 min-nodes=2 step-s=1.0'"
+    run, _ = machines.block(5, "bash", 2).splitlines()
+    assert run.endswith(" --run-config 'min-nodes=2'")
+    run = run.replace("min-nodes=2", "num-server-rounds=3 min-nodes=2 step-s=1.0")
     subprocess.run(
         ["ip", "netns", "exec", Network.space("client-0"), "bash", "-c", f"cd {APP} && {run}"],
         env={"PATH": f"{BIN}:/usr/bin:/bin", "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0"},
