@@ -96,6 +96,20 @@ def test_compose_fits_its_settings_and_haproxy() -> None:
     assert {name for name in used if not name.startswith(".")} == set(compose["volumes"])
 
 
+def test_compose_can_train_the_example() -> None:
+    """Its image has torch, and the run that its header names waits for no more SuperNodes than there are."""
+    (compose,) = documents(DEPLOY / "compose.yaml")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (args,) = [each["build"]["args"] for each in compose["services"].values() if "build" in each]
+    extras = set(args["EXTRAS"].split(","))
+    assert "torch" in extras
+    assert extras <= set(project["optional-dependencies"])
+    supernodes = [name for name in compose["services"] if name.startswith("supernode-")]
+    run = re.search(r"^#\s+flwr run .*min-nodes=(\d+)", (DEPLOY / "compose.yaml").read_text(), re.MULTILINE)
+    assert run is not None
+    assert int(run[1]) == len(supernodes)
+
+
 COMPOSE_FILES = [DEPLOY / "compose.yaml", ROOT / "zookeeper" / "compose.yaml"]
 
 
