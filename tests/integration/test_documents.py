@@ -35,9 +35,11 @@ NOT_RUN = {
     "make test": "runs this test",
     "make demo": "test_demo.py runs the program that it calls",
     "docker compose -f zookeeper/compose.yaml up -d --wait": "needs a Docker engine; test_deploy.py checks the file",
-    "python3 -m venv /opt/flwr-ha && /opt/flwr-ha/bin/pip install 'flwr-ha[metrics]'": "test_installation.py does it",
+    "python3 -m venv /opt/flwr-ha && /opt/flwr-ha/bin/pip install '.[metrics]'": "test_installation.py does it",
     "useradd --system flwr-ha": "changes this machine's users",
+    "install -d /etc/flwr-ha": "changes this machine's /etc",
     "install -m 600 -o flwr-ha secret /etc/flwr-ha/secret": "needs that user",
+    "install -m 644 flwr-ha.toml /etc/flwr-ha/flwr-ha.toml": "needs that folder",
     "cp deploy/systemd/*.service /etc/systemd/system/ && systemctl enable --now flwr-ha-replica@0": "needs systemd",
 }
 
