@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,7 @@ def _get(digest: str, stores: Sequence[BlobStore], target: BlobStore, fetch: Cal
 def _fetcher(settings: Settings, target: BlobStore, stack: ExitStack) -> Callable[[str], None]:
     """Return what gets one blob from the object store, or from any replica that answers."""
     if settings.storage != "replicas":
-        from flwr_ha.storage.objectstore import ObjectStorage
-
-        objects = stack.enter_context(ObjectStorage(settings.storage, target))
-        return lambda digest: objects.fetch([digest], timeout_s=FETCH_TIMEOUT_S)
+        return _shared_fetcher(settings.shared_prefix, target, stack)
     secret_file = settings.secret_file or settings.data_dir / "secret"
     if not secret_file.exists():
 
@@ -200,6 +198,35 @@ def _fetcher(settings: Settings, target: BlobStore, stack: ExitStack) -> Callabl
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas]
     replicator = stack.enter_context(Replicator(target, peers, secret=load_secret(settings), tls=tls))
     return lambda digest: replicator.fetch([digest], timeout_s=FETCH_TIMEOUT_S)
+
+
+def _shared_fetcher(prefix: str, target: BlobStore, stack: ExitStack) -> Callable[[str], None]:
+    """Return what gets one blob from whichever cluster's folder below `prefix` has a good copy.
+
+    Which folder is this cluster's only the coordinator knows, and it may be down; a digest says what the right bytes
+    are, wherever they lie.
+    """
+    from flwr_ha.storage.objectstore import ObjectStorage, folders_below
+
+    @cache
+    def folders() -> tuple[str, ...]:
+        return folders_below(prefix)
+
+    @cache
+    def storage(url: str) -> ObjectStorage:
+        return stack.enter_context(ObjectStorage(url, target))
+
+    def fetch(digest: str) -> None:
+        problems = []
+        for url in folders():
+            try:
+                storage(url).fetch([digest], timeout_s=FETCH_TIMEOUT_S)
+                return
+            except CheckpointError as error:
+                problems.append(str(error))
+        raise CheckpointError("; ".join(problems) or f"{prefix} holds no blobs")
+
+    return fetch
 
 
 def write_state_dict(safetensors_file: Path, out: Path) -> None:

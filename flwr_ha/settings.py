@@ -264,6 +264,18 @@ class Settings:
         """The connect string, ``host:port,host:port``."""
         return self.coordinator.removeprefix("zookeeper:").removeprefix("//")
 
+    @property
+    def shared_prefix(self) -> str:
+        """URL below which the clusters of this name have their folders in the object store."""
+        return f"{self.storage.rstrip('/')}/{self.cluster}"
+
+    def shared_url(self, identity: str) -> str:
+        """Return where one cluster's blobs lie in the object store.
+
+        Not even clusters of one name share a blob: each removes what it does not need itself.
+        """
+        return f"{self.shared_prefix}/{identity}"
+
     def replica(self, replica_id: int) -> ReplicaSettings:
         """Return one replica's settings; ConfigError names the ids that exist."""
         for replica in self.replicas:

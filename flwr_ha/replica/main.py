@@ -193,9 +193,7 @@ def _make_storage(
     settings: Settings, replica_id: int, blobs: BlobStore, secret: str, meter: Meter, identity: str
 ) -> Iterator[Storage]:
     if settings.storage != "replicas":
-        # Not even clusters of one name share a blob: each removes what it does not need itself.
-        url = f"{settings.storage.rstrip('/')}/{settings.cluster}/{identity}"
-        with ObjectStorage(url, blobs) as objects:
+        with ObjectStorage(settings.shared_url(identity), blobs) as objects:
             yield objects
         return
     peers = [Peer(replica.id, str(replica.api)) for replica in settings.replicas if replica.id != replica_id]

@@ -9,13 +9,52 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import validate_digest
 from flwr_ha.storage.objects import Bucket, Folder, Objects, open_file_system
 
 _AT_ONCE = 4
+_FILE = "file://"
 _T = TypeVar("_T")
+
+
+def folders_below(url: str) -> tuple[str, ...]:
+    """List the folders directly below a URL that `ObjectStorage` may have been given.
+
+    Parameters
+    ----------
+    url : str
+        As for `ObjectStorage`.
+
+    Returns
+    -------
+    tuple of str
+        Their URLs, sorted; none where nothing is stored there yet.
+
+    Raises
+    ------
+    CheckpointError
+        The store does not answer, or refuses.
+    ConfigError
+        The URL is unknown, or the package that it needs is not installed; says which.
+    """
+    prefix = url.rstrip("/")
+    try:
+        if url.startswith(_FILE):
+            # Not every folder: to open one that holds no blobs would make an empty store of it.
+            names = [found.parent.name for found in Path(prefix.removeprefix(_FILE)).glob("*/blobs")]
+        else:
+            system, path = open_file_system(prefix, {})
+            entries = system.ls(path, detail=True)
+            names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+    except ConfigError:
+        raise
+    except FileNotFoundError:
+        return ()
+    except Exception as error:  # every library behind fsspec has errors of its own
+        raise CheckpointError(f"cannot list folders in {url}: {error or type(error).__name__}") from error
+    return tuple(f"{prefix}/{name}" for name in sorted(names))
 
 
 class ObjectStorage:
@@ -41,8 +80,8 @@ class ObjectStorage:
         self._store = store
         self._url = url
         self._objects: Objects
-        if url.startswith("file://"):
-            self._objects = Folder(BlobStore(Path(url.removeprefix("file://"))))
+        if url.startswith(_FILE):
+            self._objects = Folder(BlobStore(Path(url.removeprefix(_FILE))))
         else:
             self._objects = Bucket(*open_file_system(url, options or {}))
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="object-storage")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.checkpoint import Checkpoint, save
 from flwr_ha.storage.committed import read_committed, write_committed
+from flwr_ha.storage.objectstore import ObjectStorage
 
 RUN = "12"
 ROUNDS = 4
@@ -149,15 +151,54 @@ def test_unreadable_commit_log_is_passed_over_for_a_good_one(settings, heads, tm
 
 
 def test_blobs_come_from_the_shared_folder_where_the_cluster_uses_one(settings, heads, tmp_path):
-    """The replicas' own copies are gone, the object store still has them."""
-    shared = tmp_path / "shared"
-    shutil.copytree(settings.replica_dir(0) / "store", shared)
+    """The replicas' own copies are gone, the object store still has them where the replicas have written them."""
+    shared = replace(settings, storage=f"file://{tmp_path / 'shared'}/")
+    move_blobs(shared, shared.shared_url("this"))
+    export_round(shared, RUN, None, tmp_path / "m")
+    np.testing.assert_array_equal(load_file(tmp_path / "m")["weight"], model(ROUNDS)["weight"])
+
+
+def test_blobs_come_from_the_bucket_where_the_cluster_uses_one(settings, heads, tmp_path):
+    """The same behind fsspec."""
+    shared = replace(settings, storage=f"memory://{uuid.uuid4().hex}/prefix")
+    move_blobs(shared, shared.shared_url("this"))
+    export_round(shared, RUN, None, tmp_path / "m")
+    np.testing.assert_array_equal(load_file(tmp_path / "m")["weight"], model(ROUNDS)["weight"])
+
+
+def test_other_folders_in_the_shared_store_do_not_hide_the_good_copy(settings, heads, tmp_path):
+    """An earlier cluster of this name has other blobs, another one a bad copy, and a third folder holds none at all."""
+    shared = replace(settings, storage=f"file://{tmp_path / 'shared'}")
+    prefix = tmp_path / "shared" / settings.cluster
+    bad = BlobStore(prefix / "b-bad").path(heads[-1].position.digest)
+    bad.write_bytes(b"other bytes")
+    BlobStore(prefix / "a-empty")
+    (prefix / "c-nothing").mkdir()
+    move_blobs(shared, shared.shared_url("this"))
+    export_round(shared, RUN, None, tmp_path / "m")
+    np.testing.assert_array_equal(load_file(tmp_path / "m")["weight"], model(ROUNDS)["weight"])
+    assert list((prefix / "c-nothing").iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["file://{}/none", "memory://{}"])
+def test_shared_store_without_the_blobs_is_named(url, settings, heads, tmp_path):
+    """The user sees where it was looked for, and which rounds there are."""
+    shared = replace(settings, storage=url.format(tmp_path))
+    for replica_id in range(2):
+        shutil.rmtree(settings.replica_dir(replica_id) / "store" / "blobs")
+    with pytest.raises(CheckpointError, match=rf"{shared.shared_prefix} holds no blobs.*kept are the rounds 3, 4"):
+        export_round(shared, RUN, None, tmp_path / "m")
+
+
+def move_blobs(settings: Settings, url: str) -> None:
+    """Put the blobs of replica 0 into an object store as a replica does, and remove the replicas' own copies."""
+    first = BlobStore(settings.replica_dir(0) / "store")
+    with ObjectStorage(url, first) as storage:
+        storage.protect(first.digests(), timeout_s=30.0)
     for replica_id in range(2):
         store = BlobStore(settings.replica_dir(replica_id) / "store")
         for digest in store.digests():
             store.delete(digest)
-    export_round(replace(settings, storage=f"file://{shared}"), RUN, None, tmp_path / "m")
-    np.testing.assert_array_equal(load_file(tmp_path / "m")["weight"], model(ROUNDS)["weight"])
 
 
 def test_all_copies_corrupt_is_an_error_and_writes_nothing(settings, heads, tmp_path):
