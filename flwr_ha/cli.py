@@ -91,6 +91,10 @@ def switchover(
         raise RequestRefusedError(
             f"the leadership has not changed within {timeout:g} s; it will after the running round: `flwr-ha list`"
         )
+    if candidate is not None and cluster["leader"] != candidate:
+        raise RequestRefusedError(
+            f"replica {cluster['leader']} leads in term {cluster['term']}, not replica {candidate}: `flwr-ha history`"
+        )
     print(json.dumps(cluster) if as_json else f"replica {cluster['leader']} leads in term {cluster['term']}")
 
 

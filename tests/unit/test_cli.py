@@ -116,6 +116,14 @@ def test_switchover_waits_for_the_new_term(run):
     assert out.strip() == "replica 0 leads in term 2"
 
 
+def test_switchover_that_another_replica_has_won_is_status_1(run):
+    """The leadership changed, but not to the one that was asked for: a script must not go on."""
+    status, out, err = run("switchover", "--candidate", "1", "--json")
+    assert status == 1
+    assert out == ""
+    assert err.strip() == "flwr-ha: replica 0 leads in term 2, not replica 1: `flwr-ha history`"
+
+
 def test_refused_switchover_is_one_sentence_and_status_1(run):
     """The cluster's own reason reaches the user."""
     status, out, err = run("switchover", "--candidate", "9")
