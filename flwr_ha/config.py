@@ -68,17 +68,27 @@ def load_settings(
         raise ConfigError(f"settings file {str(path)!r} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"settings file {str(path)!r} is not valid TOML: {error}") from error
-    table = document.get("tool", {}).get("flwr-ha")
-    if table is None:
-        if path.name == DEFAULT_FILE or "tool" in document:
-            raise ConfigError(f"settings file {str(path)!r} has no table [tool.flwr-ha]")
-        table = document
+    table = _own_table(document, path)
     if not has_certificates:
         table = {key: value for key, value in table.items() if key not in _SECURITY_KEYS}
     try:
         return parse_settings(table, folder=path.absolute().parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _own_table(document: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return ``[tool.flwr-ha]``, or all of a file that has no ``[tool]`` and is no ``pyproject.toml``."""
+    name, table = "tool", document.get("tool", {})
+    if isinstance(table, Mapping):
+        name, table = "tool.flwr-ha", table.get("flwr-ha")
+    if table is None:
+        if path.name == DEFAULT_FILE or "tool" in document:
+            raise ConfigError(f"settings file {str(path)!r} has no table [tool.flwr-ha]")
+        return document
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"settings file {str(path)!r}: {name} = {table!r} is not a table")
+    return table
 
 
 def parse_settings(table: Mapping[str, Any], *, folder: Path) -> Settings:
@@ -94,7 +104,8 @@ def parse_settings(table: Mapping[str, Any], *, folder: Path) -> Settings:
     values.setdefault("data_dir", folder / ".flwr-ha")
     coordinator = values["coordinator"]
     if coordinator.startswith("embedded:") and coordinator != "embedded:":
-        values["coordinator"] = f"embedded:{folder / coordinator.removeprefix('embedded:')}"
+        place = _path(coordinator.removeprefix("embedded:"), folder, setting=f"coordinator = {coordinator!r}")
+        values["coordinator"] = f"embedded:{place}"
     values["tls"] = _tls(values.get("tls", {}), folder)
     values["zookeeper"] = _zookeeper(values.get("zookeeper", {}), folder)
     values["replicas"] = tuple(_replica(entry) for entry in values["replicas"])
@@ -103,12 +114,14 @@ def parse_settings(table: Mapping[str, Any], *, folder: Path) -> Settings:
 
 def _converted(key: str, value: Any, kind: type, folder: Path) -> Any:
     wrong = ConfigError(f"{key} = {value!r} is not {_KIND_NAMES[kind]}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{key} = {value!r} holds a NUL, which no file's name and no address can hold")
     if kind is Path:
         if not isinstance(value, str):
             raise wrong
         if key == "secret-file" and not value:
             return None
-        return folder / Path(value).expanduser()
+        return _path(value, folder, setting=f"{key} = {value!r}")
     if kind in (int, float) and isinstance(value, bool):
         raise wrong
     if kind is float and isinstance(value, int):
@@ -116,6 +129,13 @@ def _converted(key: str, value: Any, kind: type, folder: Path) -> Any:
     if not isinstance(value, kind):
         raise wrong
     return value
+
+
+def _path(text: str, folder: Path, *, setting: str) -> Path:
+    try:
+        return folder / Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}: the home directory that ~ stands for is not known here") from error
 
 
 _KIND_NAMES: dict[type, str] = {

@@ -47,7 +47,20 @@ class Endpoint:
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s/]+)):(\d{1,5})", str(text))
         if not isinstance(text, str) or match is None or not 0 < int(match[3]) < 65536:
             raise ConfigError(f'{setting} = {text!r} is not host:port, for example "127.0.0.1:8000"')
-        return cls(match[1] or match[2], int(match[3]))
+        endpoint = cls(match[1] or match[2], int(match[3]))
+        if not endpoint._is_usable():
+            raise ConfigError(f"{setting} = {text!r}: {endpoint.host!r} is neither a host's name nor an address")
+        return endpoint
+
+    def _is_usable(self) -> bool:
+        """Whether a URL can be made of it and its name be looked up: both raise for some texts, each for others."""
+        import httpx
+
+        try:
+            self.host.encode("idna")
+            return httpx.URL(f"http://{self}").host.lower() == self.host.lower()
+        except (UnicodeError, httpx.InvalidURL):
+            return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,15 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         ({"zookeeper": {"cert": "a.crt"}}, "zookeeper.cert and zookeeper.key go together"),
         ({"zookeeper": {"pasword-file": "x"}}, "zookeeper.pasword-file is not a setting"),
         ({"tls": {"certificate": "x"}}, "tls.certificate is not a setting; the nearest is tls.cert"),
+        ({"secret_file": "~nosuchuser/x"}, "secret-file = '~nosuchuser/x': the home directory"),
+        ({"data_dir": "~nosuchuser/x"}, "data-dir = '~nosuchuser/x': the home directory"),
+        ({"coordinator": "embedded:~nosuchuser/x"}, "coordinator = 'embedded:~nosuchuser/x': the home directory"),
+        ({"data_dir": "a\0b"}, r"data-dir = 'a\x00b' holds a NUL"),
+        ({"secret_file": "a\0b"}, r"secret-file = 'a\x00b' holds a NUL"),
+        ({"tls": {"ca": "a\0b"}}, r"tls.ca = 'a\x00b' holds a NUL"),
+        ({"coordinator": "embedded:a\0b"}, r"coordinator = 'embedded:a\x00b' holds a NUL"),
+        ({"storage": "file:///a\0b"}, r"storage = 'file:///a\x00b' holds a NUL"),
+        ({"coordinator": "zookeeper://a..b:2181"}, "coordinator = 'a..b:2181': 'a..b' is neither a host's name nor"),
     ],
 )
 def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -111,6 +120,35 @@ def test_contradictory_replicas_are_refused(index: int, entry: dict[str, Any], s
         parse_settings(table, folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "host", ["a..b", ".a", "a" * 64, "999.0.0.1", "[:::]", "a@b", "a?b", "a#b", "a\0b", "\u2603.example"]
+)
+@pytest.mark.parametrize("key", ["address", "api"])
+def test_host_that_cannot_be_asked_is_refused(key: str, host: str, tmp_path: Path) -> None:
+    """No URL can be made of it, or it cannot be looked up; `list` would end with a traceback, or ask another one."""
+    table = copy.deepcopy(GOOD)
+    table["replicas"][1][key] = f"{host}:8009"
+    with pytest.raises(ConfigError, match=f"replicas: {key} = .* is neither a host's name nor an address"):
+        parse_settings(table, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "a.b.", "a_b-c.example", "REPLICA-0", "10.0.0.1", "[::1]", "[FE80::1]", "m\u00fcnchen.example"],
+)
+def test_host_that_can_be_asked_is_taken(host: str) -> None:
+    """Names and addresses of both kinds, as people write them."""
+    assert str(Endpoint.parse(f"{host}:8010", setting="api")) == f"{host}:8010"
+
+
+def test_home_is_meant_wherever_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell's ~ works for the coordinator's folder as for all others."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    settings = parse_settings(changed(data_dir="~/d", coordinator="embedded:~/c"), folder=tmp_path / "etc")
+    assert settings.data_dir == tmp_path / "home" / "d"
+    assert settings.coordinator_folder == tmp_path / "home" / "c"
+
+
 def test_embedded_is_for_one_machine(tmp_path: Path) -> None:
     """A replica beyond loopback cannot use the embedded coordinator."""
     table = changed(coordinator="embedded:here", secret_file="secret")
@@ -138,7 +176,18 @@ def test_settings_come_from_the_named_file(tmp_path: Path) -> None:
     assert load_settings(environ={"FLWR_HA_CONFIG": str(nested)}).cluster == "nested"
 
 
-@pytest.mark.parametrize(("text", "sentence"), [(None, "cannot be read"), ("a = ", "not valid TOML"), ("[x]", "table")])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("a = ", "not valid TOML"),
+        ("[x]", "has no table"),
+        ("tool = 3", "tool = 3 is not a table"),
+        ("[[tool]]", r"tool = \[{}\] is not a table"),
+        ("[tool]\nflwr-ha = 3", r"tool\.flwr-ha = 3 is not a table"),
+        ("[[tool.flwr-ha]]", r"tool\.flwr-ha = \[{}\] is not a table"),
+    ],
+)
 def test_a_bad_file_is_named(text: str | None, sentence: str, tmp_path: Path) -> None:
     """A file that is missing, broken or without our table is named."""
     file = tmp_path / "pyproject.toml"
