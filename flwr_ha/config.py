@@ -151,7 +151,7 @@ _KIND_NAMES: dict[type, str] = {
 
 def _tls(table: Mapping[str, Any], folder: Path) -> TlsSettings:
     _refuse_unknown(table, ("ca", "cert", "key"), where="tls.")
-    paths = {key: _converted(f"tls.{key}", value, Path, folder) for key, value in table.items() if value}
+    paths = {key: _converted(f"tls.{key}", value, Path, folder) for key, value in table.items() if value != ""}
     return TlsSettings(**paths)
 
 
@@ -161,7 +161,7 @@ def _zookeeper(table: Mapping[str, Any], folder: Path) -> ZooKeeperSettings:
     values = {
         key.replace("-", "_"): _converted(f"zookeeper.{key}", value, Path if key in paths else str, folder)
         for key, value in table.items()
-        if value
+        if value != ""
     }
     return ZooKeeperSettings(**values)
 

@@ -71,6 +71,12 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         ({"zookeeper": {"cert": "a.crt"}}, "zookeeper.cert and zookeeper.key go together"),
         ({"zookeeper": {"pasword-file": "x"}}, "zookeeper.pasword-file is not a setting"),
         ({"tls": {"certificate": "x"}}, "tls.certificate is not a setting; the nearest is tls.cert"),
+        ({"tls": {"ca": False}}, "tls.ca = False is not a path"),
+        ({"tls": {"ca": 0}}, "tls.ca = 0 is not a path"),
+        ({"tls": {"key": []}}, "tls.key = [] is not a path"),
+        ({"zookeeper": {"ca": False}}, "zookeeper.ca = False is not a path"),
+        ({"zookeeper": {"auth": False}}, "zookeeper.auth = False is not a text"),
+        ({"zookeeper": {"user": 0}}, "zookeeper.user = 0 is not a text"),
         ({"secret_file": "~nosuchuser/x"}, "secret-file = '~nosuchuser/x': the home directory"),
         ({"data_dir": "~nosuchuser/x"}, "data-dir = '~nosuchuser/x': the home directory"),
         ({"coordinator": "embedded:~nosuchuser/x"}, "coordinator = 'embedded:~nosuchuser/x': the home directory"),
@@ -88,6 +94,12 @@ def test_a_bad_setting_is_named(changes: dict[str, Any], sentence: str, tmp_path
         parse_settings(changed(**changes), folder=tmp_path)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_empty_texts_mean_no_tls(tmp_path: Path) -> None:
+    """They stand in a file that is to be filled in, and are the same as nothing."""
+    empty = changed(tls={"ca": "", "cert": "", "key": ""}, zookeeper={"ca": "", "auth": "", "password-file": ""})
+    assert parse_settings(empty, folder=tmp_path) == parse_settings(GOOD, folder=tmp_path)
 
 
 @pytest.mark.parametrize("key", ["cluster", "coordinator", "replicas"])
