@@ -184,7 +184,7 @@ class Settings:
     serverapp_restarts : int
         How often a ServerApp that was killed is started again in one term, from 0.
     max_blob_bytes : int
-        Largest blob that a replica accepts.
+        Largest blob that a replica accepts, from 1.
     enable_supernode_auth : bool
         Passed to the SuperLink.
     tls : TlsSettings
@@ -218,6 +218,8 @@ class Settings:
             raise ConfigError(f"keep-checkpoints = {self.keep_checkpoints}: at least 1 is needed")
         if self.serverapp_restarts < 0:
             raise ConfigError(f"serverapp-restarts = {self.serverapp_restarts}: 0 or more is possible")
+        if self.max_blob_bytes < 1:
+            raise ConfigError(f"max-blob-bytes = {self.max_blob_bytes}: at least 1 is needed, or nothing can be copied")
         if self.storage != "replicas" and "://" not in self.storage:
             raise ConfigError(f'storage = {self.storage!r} is neither "replicas" nor a URL like "s3://bucket/prefix"')
         if self.enable_supernode_auth and not self.tls.is_on:

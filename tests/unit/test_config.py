@@ -56,6 +56,8 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         ({"session_timeout": "4"}, "session-timeout = '4' is not a number"),
         ({"session_timeout": True}, "session-timeout = True is not a number"),
         ({"keep_checkpoints": 0}, "keep-checkpoints = 0: at least 1"),
+        ({"max_blob_bytes": 0}, "max-blob-bytes = 0: at least 1"),
+        ({"max_blob_bytes": -5}, "max-blob-bytes = -5: at least 1"),
         ({"cluster": "a/b"}, "cluster = 'a/b'"),
         ({"coordinator": "etcd://127.0.0.1:2379"}, "coordinator = 'etcd://127.0.0.1:2379' is neither"),
         ({"coordinator": "zookeeper://127.0.0.1"}, "coordinator = '127.0.0.1' is not host:port"),
