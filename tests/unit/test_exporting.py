@@ -223,7 +223,7 @@ class UpReplica:
         return [head.to_json() for head in self.log] if run_id == RUN else None
 
     def cluster(self) -> dict:
-        return {"runs": [{"run_id": RUN}]}
+        return {"cluster": "c", "term": 1, "leader": 2, "paused": False, "replicas": [], "runs": [{"run_id": RUN}]}
 
     def __init__(self, log: list[Head]) -> None:
         self.log = log
