@@ -16,8 +16,11 @@ from flwr_ha.replica.runs import RunBoard
 from flwr_ha.settings import Settings
 
 
-def measure(settings: Settings, agent: Agent, pulse: Pulse, board: RunBoard) -> Gauges:
-    """Return what is true now; reads memory, and asks the file system how full it is."""
+def measure(settings: Settings, agent: Agent, pulse: Pulse, board: RunBoard, *, is_ready: bool) -> Gauges:
+    """Return what is true now; reads memory, and asks the file system how full it is.
+
+    `is_ready` is what ``/readiness`` says: one answer for load balancers and for alerts.
+    """
     sight = pulse.sight
     cluster = cluster_json(settings, sight.view, {})
     states = Counter(replica["state"] for replica in cluster["replicas"])
@@ -29,7 +32,7 @@ def measure(settings: Settings, agent: Agent, pulse: Pulse, board: RunBoard) -> 
         is_leader=is_leader,
         has_leader=is_leader or cluster["leader"] is not None,
         is_paused=cluster["paused"],
-        is_ready=agent.state.is_warm or agent.state.is_elected,
+        is_ready=is_ready,
         term=max(agent.state.term, sight.view.term),
         replicas={state.value: states[state.value] for state in ReplicaState},
         lease_age_s=time.monotonic() - pulse.renewed_s if is_leader else None,

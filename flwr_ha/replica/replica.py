@@ -148,7 +148,8 @@ class Replica:
 
     def metrics(self) -> bytes | None:
         """Return the Prometheus text; None where its library is missing."""
-        return self._tools.meter.text(measure(self._settings, self._agent, self.pulse, self._board))
+        is_ready = not self.why_not_ready()
+        return self._tools.meter.text(measure(self._settings, self._agent, self.pulse, self._board, is_ready=is_ready))
 
     # --- what operators ask for ---
 
