@@ -193,7 +193,11 @@ def load_secret(settings: Settings) -> str:
         The file that ``secret-file`` names is missing, empty or readable by others.
     """
     path = settings.secret_file or settings.data_dir / "secret"
-    if settings.secret_file is None and not path.exists():
+    try:
+        is_missing = settings.secret_file is None and not path.exists()
+    except OSError as error:  # an operator who is not the user of the replicas may not look into their folder
+        raise ConfigError(f"data-dir {str(path.parent)!r} cannot be read: {error.strerror}") from error
+    if is_missing:
         _make_secret(path)
     return _read_private(path, setting="secret-file", min_chars=16)
 

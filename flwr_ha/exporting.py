@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def _from_folders(settings: Settings, run_id: str, error: CoordinationError) -> 
     """Return the longest log that a folder holds: commits are the same everywhere, but one may have seen fewer."""
     stores = _local_stores(settings)
     if not stores:
-        raise CoordinationError(f"{error}; and no replica has its folder in {settings.data_dir}")
+        raise CoordinationError(f"{error}; and no replica has its folder in {settings.data_dir}, or none to be read")
     logs, unreadable = [], []
     for store in stores:
         try:
@@ -159,7 +159,14 @@ def _not_kept(entries: Sequence[Entry], run_id: str, entry: Entry, problems: Seq
 def _local_stores(settings: Settings) -> list[BlobStore]:
     """Return the stores of the replicas that have their folder on this machine."""
     roots = [settings.replica_dir(replica.id) / "store" for replica in settings.replicas]
-    return [BlobStore(root) for root in roots if root.is_dir()]
+    return [BlobStore(root) for root in roots if _is_there(root)]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder where this user may look: the replicas may be another user's."""
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def _gather(settings: Settings, digest: str, stores: Sequence[BlobStore], target: BlobStore) -> None:
@@ -188,7 +195,7 @@ def _fetcher(settings: Settings, target: BlobStore, stack: ExitStack) -> Callabl
     if settings.storage != "replicas":
         return _shared_fetcher(settings.shared_prefix, target, stack)
     secret_file = settings.secret_file or settings.data_dir / "secret"
-    if not secret_file.exists():
+    if not _is_there(secret_file):
 
         def refuse(digest: str) -> None:
             raise CheckpointError(f"{digest} is not on this machine, and without a secret no replica gives it")

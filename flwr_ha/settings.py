@@ -63,6 +63,15 @@ class Endpoint:
             return False
 
 
+def _check_is_file(path: Path, *, setting: str) -> None:
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # in a folder of another user, say
+        raise ConfigError(f"{setting} = {str(path)!r} cannot be read: {error.strerror}") from error
+    if not is_file:
+        raise ConfigError(f"{setting} = {str(path)!r} is not a file")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsSettings:
     """Name the PEM files for TLS; all three or none.
@@ -83,9 +92,7 @@ class TlsSettings:
             missing = next(name for name in ("ca", "cert", "key") if name not in given)
             raise ConfigError(f"tls.{missing} is missing: tls.ca, tls.cert and tls.key go together")
         for name in given:
-            path: Path = getattr(self, name)
-            if not path.is_file():
-                raise ConfigError(f"tls.{name} = {str(path)!r} is not a file")
+            _check_is_file(getattr(self, name), setting=f"tls.{name}")
 
     @property
     def is_on(self) -> bool:
@@ -126,8 +133,8 @@ class ZooKeeperSettings:
             raise ConfigError("zookeeper.ca is missing: zookeeper.cert is of use with TLS only")
         for name in ("ca", "cert", "key"):
             path: Path | None = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise ConfigError(f"zookeeper.{name} = {str(path)!r} is not a file")
+            if path is not None:
+                _check_is_file(path, setting=f"zookeeper.{name}")
         if self.auth not in ("none", "digest", "sasl"):
             raise ConfigError(f'zookeeper.auth = {self.auth!r} is none of "none", "digest", "sasl"')
         if self.auth != "none" and (not self.user or self.password_file is None):

@@ -27,6 +27,8 @@ GOOD: dict[str, Any] = {
         {"id": 2, "address": "127.0.0.1:8000", "api": "127.0.0.1:8012"},
     ],
 }
+TOO_LONG = "a" * 300
+"""A file's name at which the system refuses to look, as it does in another user's folder; root may look there."""
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         ({"zookeeper": {"ca": False}}, "zookeeper.ca = False is not a path"),
         ({"zookeeper": {"auth": False}}, "zookeeper.auth = False is not a text"),
         ({"zookeeper": {"user": 0}}, "zookeeper.user = 0 is not a text"),
+        ({"tls": {"ca": TOO_LONG, "cert": "a", "key": "a"}}, f"{TOO_LONG}' cannot be read"),
+        ({"zookeeper": {"ca": TOO_LONG}}, f"{TOO_LONG}' cannot be read"),
         ({"secret_file": "~nosuchuser/x"}, "secret-file = '~nosuchuser/x': the home directory"),
         ({"data_dir": "~nosuchuser/x"}, "data-dir = '~nosuchuser/x': the home directory"),
         ({"coordinator": "embedded:~nosuchuser/x"}, "coordinator = 'embedded:~nosuchuser/x': the home directory"),
@@ -228,6 +232,12 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         load_secret(parse_settings(changed(secret_file="s"), folder=tmp_path))
+
+
+def test_data_dir_into_which_nobody_may_look_is_named(tmp_path: Path) -> None:
+    """An operator who is not the replicas' user learns which setting it is about."""
+    with pytest.raises(ConfigError, match=f"data-dir '{tmp_path}/{TOO_LONG}' cannot be"):
+        load_secret(parse_settings(changed(data_dir=TOO_LONG), folder=tmp_path))
 
 
 def test_without_a_replica_there_is_no_session() -> None:

@@ -216,6 +216,13 @@ def test_export_without_cluster_and_folder_says_that_nobody_answers(settings):
         committed_rounds(settings, RUN)
 
 
+def test_folders_into_which_nobody_may_look_are_passed_over(settings):
+    """The replicas' folders may be another user's; too long a name is refused to root as well."""
+    foreign = replace(settings, data_dir=settings.data_dir / ("a" * 300))
+    with pytest.raises(CoordinationError, match=r"no replica has its folder in .*, or none to be read"):
+        committed_rounds(foreign, RUN)
+
+
 class UpReplica:
     """What the REST API needs to answer for the commits."""
 
