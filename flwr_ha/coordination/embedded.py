@@ -174,7 +174,7 @@ class EmbeddedStore:
             if self._database is None:
                 raise CoordinationError(f"the embedded coordinator in {self._folder} is closed")
             yield self._database
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:  # OSError: of the sessions' files
             raise CoordinationError(f"the embedded coordinator in {self._folder} did not answer: {error}") from error
         finally:
             self._mutex.release()

@@ -92,12 +92,9 @@ class ClusterReader:
 
     def commit_log(self, run_id: str) -> tuple[Head, ...]:
         """Return the commits of the run, one per round from 1 on; what was read once is not read again."""
-        log: list[Head] = []
-        for name in self._store.children(rounds_key(run_id)):
-            entry = self.committed_round(run_id, int(name))
-            if entry is not None:
-                log.append(entry)
-        return tuple(log)
+        with self._store.together():  # after a start it may be thousands of rounds
+            rounds = [self.committed_round(run_id, int(name)) for name in self._store.children(rounds_key(run_id))]
+        return tuple(entry for entry in rounds if entry is not None)
 
     def committed_round(self, run_id: str, server_round: int) -> Head | None:
         """Return the commit of one round, None where it is not committed; round 0 has no entry."""

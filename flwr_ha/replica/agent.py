@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
+MOST_DOUBLINGS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +192,8 @@ class Agent:
             case Resign(term=term, reason=reason):
                 self._worker.submit(self._resign, partial(self.tools.coordinator.disown, term), reason)
             case StartSuperLink():
-                pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._failed_starts) if self._failed_starts else 0.0
+                doublings = min(self._failed_starts, MOST_DOUBLINGS)  # else it is no number any more after some hours
+                pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**doublings) if doublings else 0.0
                 self._start_due_s = time.monotonic() + pause_s
             case Exit(reason=reason):
                 self.tools.events.add("stop", reason)
@@ -204,6 +206,10 @@ class Agent:
             leadership = coordinator.campaign(reason)
         except HaError as error:
             self.post(NotElected(str(error)))
+            return
+        except Exception as error:
+            log.exception("the campaign failed in a way that was not foreseen")
+            self.post(NotElected(f"{type(error).__name__}: {error}"))
             return
         life = self.life
         if leadership is None or life is None:

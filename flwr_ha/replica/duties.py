@@ -19,7 +19,8 @@ from flwr_ha.replica.eventlog import EventLog
 from flwr_ha.replica.holdings import Holdings, Storage
 from flwr_ha.replica.metrics import Meter, NoMeter
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.digests import BlobLostError, BlobMissingError
+from flwr_ha.storage.digests import BlobLostError
+from flwr_ha.storage.lanes import RECENT_S
 from flwr_ha.superlink import linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
 from flwr_ha.superlink.procfs import ChildRecord, kill_stale_child, listens_on
@@ -142,6 +143,9 @@ class Duties:
         try:
             self._superlink.open_public(address, timeout_s=STALE_AFTER_S)
         except HaError:
+            leader = self._tools.coordinator.leader()
+            if leader is None or leader.term != self.leadership.term:  # what listens may serve a newer term by now
+                raise
             port = int(address.rpartition(":")[2])
             holders = [record for record in stale if listens_on(record.pid, port)]  # a healthy standby does not
             ended = [record for record in holders if kill_stale_child(record, OPEN_TIMEOUT_S)]
@@ -196,6 +200,7 @@ class Duties:
                 tools.coordinator.commit_control(self.leadership, digest, (tools.replica_id, *copies))
                 reach("control.after-transaction")
             except HaError as error:
+                self._known_fabs.clear()  # what no committed picture names is collected: put it again next time
                 if str(error) != self._trouble:  # it is tried twice a second: say it once
                     tools.events.add("not-committed", f"control plane: {error}", term=self.leadership.term)
                 self._trouble = str(error)
@@ -247,27 +252,24 @@ class Duties:
             if done is not None and done.position.digest == body["digest"]:
                 return done
             reach("commit.begin")
-            digests = [*body["parts"], body["digest"]]
-            absent = [digest for digest in digests if not tools.store.has(digest)]
-            if absent:
-                raise BlobMissingError(absent[0], f"{absent[0]} is not in {tools.store.root}")
-            copies = self._protect(run_id, digests)
-            copied_s = time.monotonic()
-            reach("commit.after-protect")
-            check()
-            head = Head(
-                run_id=run_id,
-                app=body["app"],
-                num_rounds=body["num_rounds"],
-                position=Position(self.leadership.term, body["server_round"], body["digest"]),
-                model_digest=body["model_digest"],
-                size_bytes=body["bytes"],
-                copies=tuple(sorted((tools.replica_id, *copies))),
-                metrics=body["metrics"],
-            )
-            reach("commit.before-transaction")
-            head = tools.coordinator.commit(self.leadership, head)
-            reach("commit.after-transaction")
+            with tools.holdings.pinned(digests := [*body["parts"], body["digest"]]):
+                copies = self._protect(run_id, digests)
+                copied_s = time.monotonic()
+                reach("commit.after-protect")
+                check()
+                head = Head(
+                    run_id=run_id,
+                    app=body["app"],
+                    num_rounds=body["num_rounds"],
+                    position=Position(self.leadership.term, body["server_round"], body["digest"]),
+                    model_digest=body["model_digest"],
+                    size_bytes=body["bytes"],
+                    copies=tuple(sorted((tools.replica_id, *copies))),
+                    metrics=body["metrics"],
+                )
+                reach("commit.before-transaction")
+                head = tools.coordinator.commit(self.leadership, head)
+                reach("commit.after-transaction")
         self._log_mark_s = float("-inf")  # the log of the round comes along with the next picture
         tools.events.add(
             "commit",
@@ -287,7 +289,12 @@ class Duties:
         try:
             size_bytes = sum(self._tools.store.size(digest) for digest in digests)
             timeout_s = PROTECT_TIMEOUT_S + size_bytes / SLOWEST_BYTES_PER_S
-            return self._tools.storage.protect(digests, needed=self._tools.needed_copies, timeout_s=timeout_s)
+            while True:
+                start_s = time.monotonic()
+                copies = self._tools.storage.protect(digests, needed=self._tools.needed_copies, timeout_s=timeout_s)
+                if time.monotonic() - start_s < RECENT_S:
+                    return copies
+                # While the last replica was filled the first one may have collected what nothing names: look again.
         except CheckpointCorruptError:
             raise
         except CheckpointError as error:  # an object store that does not answer is as good as no majority

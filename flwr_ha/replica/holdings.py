@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from flwr_ha.coordination.coordinator import Coordinator, View
@@ -13,11 +16,12 @@ from flwr_ha.model import ControlHead, Head
 from flwr_ha.storage import checkpoint
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.committed import read_committed, write_committed
+from flwr_ha.storage.digests import BlobMissingError
 from flwr_ha.superlink import linkstate
 
 log = logging.getLogger(__name__)
 COLLECT_EVERY_S = 30.0
-MIN_AGE_S = 120.0  # longer than any push between "the bytes are here" and "it is committed"
+MIN_AGE_S = 120.0  # what is on its way to a commit is pinned here, and looked at more often than that on a standby
 FETCH_TIMEOUT_S = 30.0
 PATIENCE_S = 1.0  # the leader's push is under way: do not pull the same bytes beside it
 
@@ -39,7 +43,7 @@ class Storage(Protocol):
 
 
 class Holdings:
-    """Follow the committed heads with the blobs on this replica's disk; used by one thread.
+    """Follow the committed heads with the blobs on this replica's disk; used by one thread where nothing else is said.
 
     Parameters
     ----------
@@ -63,6 +67,8 @@ class Holdings:
         self._checked: dict[str, str] = {}
         self._collected_s = time.monotonic()
         self._noted: dict[str, Head] = {}
+        self._pins: Counter[str] = Counter()
+        self._pins_lock = threading.Lock()
         self.lag_rounds = 0
 
     @property
@@ -149,6 +155,26 @@ class Holdings:
         if parts:
             self._storage.fetch(parts, timeout_s=timeout_s)
 
+    @contextmanager
+    def pinned(self, digests: Sequence[str]) -> Iterator[None]:
+        """Keep blobs that nothing names yet, however long their copies take; from any thread.
+
+        Raises
+        ------
+        BlobMissingError
+            One of them is not here: write it again.
+        """
+        with self._pins_lock:
+            self._pins.update(digests)
+        try:
+            for digest in digests:  # `collect` may have listed it before it was pinned, but looks at its age again
+                if not self._store.touch(digest):
+                    raise BlobMissingError(digest, f"{digest} is not in {self._store.root}")
+            yield
+        finally:
+            with self._pins_lock:
+                self._pins -= Counter(digests)
+
     def collect(self, view: View) -> None:
         """Delete blobs that no kept checkpoint and no current control plane names."""
         try:
@@ -158,6 +184,8 @@ class Holdings:
         except HaError as error:
             log.warning("nothing is collected this time: %s", error)
             return
+        with self._pins_lock:
+            keep.update(self._pins)
         self._store.collect(keep, min_age_s=MIN_AGE_S)
 
     def needed(self) -> frozenset[str]:

@@ -237,7 +237,10 @@ def _ballot(state: MachineState, event: Elected | NotElected, now_s: float) -> S
                 raise ImpossibleEventError(f"{event} is no term: {state}")
             if term < state.term:  # its answer took so long that others have led since
                 down, actions = _stand_down(state, f"term {state.term} began before term {term} was heard of")
-                return _stop(down, "the process is to end") if state.is_stopping else (down, actions)
+                if not state.is_stopping:
+                    return down, actions
+                stopped, exits = _stop(down, "the process is to end")
+                return stopped, (*actions, *exits)
             elected = replace(state, phase=Phase.TAKING_OVER, term=term, lease_until_s=until_s, leaderless_since_s=None)
             if state.is_stopping:
                 return _stop(elected, "the process is to end")

@@ -119,16 +119,24 @@ class BlobStore:
 
     def refresh(self, digest: str) -> bool:
         """Start the age of a blob again, so that `collect` spares it, and say whether it is good."""
-        path, is_known = self.path(digest), digest in self._verified
+        is_known = digest in self._verified
+        if not self.touch(digest):
+            return False
+        if not is_known:  # another process may have renamed it but not yet have fsynced the folder
+            with disk_errors(self.root):
+                files.fsync_folder(self._blobs)
+        return self.is_good(digest)
+
+    def touch(self, digest: str) -> bool:
+        """Start the age of a blob again, so that `collect` spares it, and say whether it is there, good or not."""
+        path = self.path(digest)
         with disk_errors(self.root), locked(self.root / "lock"):
             try:
                 status = path.stat()
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # sets the change time alone
             except FileNotFoundError:
                 return False
-            if not is_known:  # another process may have renamed it but not yet have fsynced the folder
-                files.fsync_folder(self._blobs)
-        return self.is_good(digest)
+        return True
 
     def is_good(self, digest: str) -> bool:
         """Whether the blob is there and its bytes match; one that does not match is moved away."""

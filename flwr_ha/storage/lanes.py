@@ -13,7 +13,7 @@ from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.peer import Peer, PeerClient
 
-_RECENT_S = 30.0  # much less than the age at which blobs that nothing names are collected
+RECENT_S = 30.0  # much less than the age at which blobs that nothing names are collected
 _OFFERS = 4096
 _logger = logging.getLogger(__name__)
 OnPush = Callable[[int, int, float], None]
@@ -103,6 +103,7 @@ class Lane:
         self._client = connect(peer)
         self._is_closed = False
         self._is_failing = False
+        self._asked_s = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -175,15 +176,15 @@ class Lane:
         """Push what the peer lacks; return why it failed, or nothing.
 
         While the last blobs are on their way the peer might collect the first ones, which nothing names yet:
-        after a long push it is asked once more, which keeps them young.
+        it is asked for them now and then, which keeps them young, and once more after a long push.
         """
         try:
             is_recent = False
             while not is_recent:
-                pass_s = time.monotonic()
-                for digest in job.digests:
-                    self._push_blob(job, digest)
-                is_recent = time.monotonic() - pass_s < _RECENT_S
+                pass_s = self._asked_s = time.monotonic()
+                for index, digest in enumerate(job.digests):
+                    self._push_blob(job, digest, job.digests[:index])
+                is_recent = time.monotonic() - pass_s < RECENT_S
         except CheckpointCorruptError as error:
             job.fault = error
             return str(error)
@@ -191,9 +192,15 @@ class Lane:
             return str(error)
         return ""
 
-    def _push_blob(self, job: Job, digest: str) -> None:
+    def _push_blob(self, job: Job, digest: str, pushed: tuple[str, ...]) -> None:
+        def keep_young() -> None:
+            if time.monotonic() - self._asked_s >= RECENT_S:
+                for each in pushed:
+                    self._client.has(each)
+                self._asked_s = time.monotonic()
+
         start_s, before = time.monotonic(), self._client.sent_bytes
-        self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale)
+        self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale, between_chunks=keep_young)
         if sent_bytes := self._client.sent_bytes - before:
             self._on_push(self.peer.id, sent_bytes, time.monotonic() - start_s)
 

@@ -131,7 +131,14 @@ class PeerClient:
         except (httpx.HTTPError, _AgainError) as error:
             raise self._failure(error) from error
 
-    def push(self, store: BlobStore, digest: str, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
+    def push(
+        self,
+        store: BlobStore,
+        digest: str,
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> None:
         """Make the peer hold a verified copy; goes on where an earlier push has stopped.
 
         Parameters
@@ -142,6 +149,8 @@ class PeerClient:
             The blob.
         is_wanted : callable
             Asked between pieces; False ends the push with a `CheckpointError`.
+        between_chunks : callable
+            Called before each request that carries bytes; may use this client.
 
         Raises
         ------
@@ -157,6 +166,7 @@ class PeerClient:
                     offset = self._received(digest)
                     while offset is not None:
                         patience.note(offset)
+                        between_chunks()
                         offset = self._send(file, digest, offset, is_wanted)
                     return
                 except (httpx.HTTPError, _AgainError, OffsetError) as error:

@@ -87,3 +87,15 @@ def test_data_may_be_any_bytes(open_store):
     store.transact([Create("a", b"\x00\xff" * 100)])
 
     assert open_store().get("a") == Versioned(b"\x00\xff" * 100, 0)
+
+
+def test_a_system_without_files_to_open_is_a_coordinator_that_does_not_answer(open_store, monkeypatch):
+    """The caller tries again later; an OSError would end its thread."""
+    store = open_store()
+
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(store, "_dead_sessions", fail)
+    with pytest.raises(CoordinationError, match="Too many open files"):
+        store.get("here")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.memory import MemoryStore, MemoryTree
 from flwr_ha.coordination.protocol import Operation
 from flwr_ha.errors import CoordinationError
 from flwr_ha.local.processes import wait_until
-from flwr_ha.replica.agent import Agent, Life
+from flwr_ha.replica.agent import LONGEST_PAUSE_S, Agent, Life
 from flwr_ha.replica.machine import Phase, Timing
-from flwr_ha.replica.messages import Seen, StopAsked, SuperLinkReady
+from flwr_ha.replica.messages import Seen, StartSuperLink, StopAsked, SuperLinkReady
 
 
 class SilentAfterTransaction(MemoryStore):
@@ -75,3 +78,38 @@ def test_leadership_whose_grant_was_never_heard_is_given_up() -> None:
         agent.post(StopAsked("the test ends"))
         thread.join(5.0)
     assert not thread.is_alive()
+
+
+def test_campaign_that_fails_in_an_unforeseen_way_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica stands by and can be stopped; it would else wait for the outcome for ever."""
+    store = MemoryTree().store()
+    store.start(lambda: None, timeout_s=1.0)
+    coordinator = Coordinator(store, replica_id=1, instance="this start")
+    agent = make_agent(store, coordinator)
+    reasons: list[str] = []
+
+    def fail(reason: str) -> None:
+        reasons.append(reason)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(coordinator, "campaign", fail)
+    thread = threading.Thread(target=agent.run)
+    thread.start()
+    agent.post(SuperLinkReady())
+    agent.post(seen(coordinator))
+    wait_until(lambda: reasons and agent.state.phase is Phase.STANDBY, timeout_s=5.0, what="its end", poll_s=0.01)
+    agent.post(StopAsked("the test ends"))
+    thread.join(5.0)
+    assert not thread.is_alive()
+
+
+def test_superlink_that_does_not_start_for_days_is_still_tried_again() -> None:
+    """The pause between two attempts stays what it is; the number of failures grows."""
+    store = MemoryTree().store()
+    store.start(lambda: None, timeout_s=1.0)
+    agent = make_agent(store, Coordinator(store, replica_id=1, instance="this start"))
+    agent._failed_starts = 100_000
+    before_s = time.monotonic()
+    agent._perform(StartSuperLink("again"))
+    assert agent._start_due_s is not None
+    assert agent._start_due_s - before_s == pytest.approx(LONGEST_PAUSE_S, abs=1.0)

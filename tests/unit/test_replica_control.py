@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from flwr_ha.errors import NoMajorityError
+from flwr_ha.errors import HaError, NoMajorityError
 from flwr_ha.replica import duties
 from flwr_ha.superlink.linkstate import ControlPlane
+from flwr_ha.superlink.procfs import ChildRecord
 
 
 class Desk:
@@ -23,25 +25,43 @@ class Desk:
         self.pictures: list[int] = []  # the log mark of each
         self.committed: list[str] = []
         self.is_reachable = True
+        self.known_fabs: list[list[str]] = []  # at each picture
+        self.protect_seconds: list[float] = []  # how long the next calls take
+        self.protected = 0
         monkeypatch.setattr(duties.linkstate, "export", self._export)
         monkeypatch.setattr(duties.linkstate, "log_mark", lambda _: self.log_lines)
         monkeypatch.setattr(duties, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         tools = SimpleNamespace(
             replica_id=0,
             needed_copies=1,
-            store=SimpleNamespace(put=lambda data: f"digest of {data.decode()}"),
+            store=SimpleNamespace(put=lambda data: f"digest of {data.decode()}", size=lambda digest: 1),
             storage=SimpleNamespace(protect=self._protect),
-            coordinator=SimpleNamespace(commit_control=lambda _, digest, copies: self.committed.append(digest)),
+            holdings=SimpleNamespace(pinned=lambda digests: nullcontext()),
+            coordinator=SimpleNamespace(
+                commit_control=lambda _, digest, copies: self.committed.append(digest),
+                head=lambda run_id: None,
+                commit=lambda leadership, head: head,
+                leader=lambda: SimpleNamespace(term=self.newest_term),
+            ),
             events=SimpleNamespace(add=lambda *_, **__: None),
         )
         leadership = cast(Any, SimpleNamespace(term=1))
-        self.duties = duties.Duties(cast(Any, tools), leadership, cast(Any, None), Path("none"))
+        self.newest_term = 1
+        superlink = SimpleNamespace(open_public=self._open_public)
+        self.duties = duties.Duties(cast(Any, tools), leadership, cast(Any, superlink), Path("none"))
 
-    def _export(self, _: Path, put: object, *, logs_until: int, known_fabs: object) -> ControlPlane:
+    def _open_public(self, address: str, *, timeout_s: float) -> None:
+        raise HaError(f"{address} is taken")
+
+    def _export(self, _: Path, put: object, *, logs_until: int, known_fabs: dict[str, str]) -> ControlPlane:
         self.pictures.append(logs_until)
+        self.known_fabs.append(sorted(known_fabs))
+        known_fabs["app"] = "digest of the app"
         return ControlPlane(snapshot=self.rows + b" and %d lines" % logs_until, blobs=())
 
     def _protect(self, *_: object, **__: object) -> tuple[int, ...]:
+        self.protected += 1
+        self.now_s += self.protect_seconds.pop(0) if self.protect_seconds else 0.0
         if not self.is_reachable:
             raise NoMajorityError("nobody answers")
         return (1,)
@@ -106,3 +126,45 @@ def test_answer_that_waits_always_has_a_new_picture(desk: Desk) -> None:
     assert desk.duties.replicate_control(is_asked=True)
 
     assert desk.committed[-1] == "digest of a new node and 0 lines"
+
+
+def test_app_whose_copy_failed_is_put_again(desk: Desk) -> None:
+    """No picture names it, so it may have been collected before a majority is back; `flwr run` would fail for ever."""
+    desk.is_reachable = False
+    assert not desk.duties.replicate_control(is_asked=True)
+    desk.is_reachable = True
+    assert desk.duties.replicate_control(is_asked=True)
+    assert desk.duties.replicate_control(is_asked=True)
+
+    assert desk.known_fabs == [[], [], ["app"]]
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [([1.0], 1), ([100.0, 1.0], 2), ([100.0, 100.0, 1.0], 3)])
+def test_copies_that_took_long_are_looked_at_again_before_the_commit(
+    desk: Desk, seconds: list[float], looks: int
+) -> None:
+    """The first replica may have collected its copy, which nothing names yet, while the last one was filled."""
+    desk.protect_seconds = seconds
+    body = {"app": "a/b", "num_rounds": 3, "server_round": 1, "digest": "sha256:1", "parts": ["sha256:2"], "bytes": 2}
+
+    head = desk.duties.commit("7", {**body, "model_digest": "m", "metrics": {}}, lambda: None)
+
+    assert (head.position.digest, head.copies, desk.protected) == ("sha256:1", (0, 1), looks)
+
+
+def test_leader_of_an_old_term_ends_no_superlink(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was frozen while it took over; what listens on its address now serves the next term."""
+    killed: list[ChildRecord] = []
+    monkeypatch.setattr(duties, "listens_on", lambda pid, port: True)
+    monkeypatch.setattr(duties, "kill_stale_child", lambda record, timeout_s: not killed.append(record))
+    record = cast(ChildRecord, SimpleNamespace(pid=7))
+
+    desk.newest_term = 2
+    with pytest.raises(HaError, match="is taken"):
+        desk.duties._open_public("127.0.0.1:8000", [record])
+    assert killed == []
+
+    desk.newest_term = 1
+    with pytest.raises(HaError, match="is taken"):
+        desk.duties._open_public("127.0.0.1:8000", [record])
+    assert killed == [record]

@@ -14,6 +14,7 @@ from flwr_ha.replica.holdings import Holdings
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.checkpoint import Checkpoint, save
 from flwr_ha.storage.committed import read_committed
+from flwr_ha.storage.digests import BlobMissingError
 from flwr_ha.storage.replication import Replicator
 
 
@@ -57,3 +58,24 @@ def test_blobs_of_runs_that_the_coordinator_has_lost_stay(tmp_path: Path, monkey
 
     assert set(blobs.digests()) == lost[1] | lost[2] | new[1] | new[2]
     assert {run_id: len(log) for run_id, log in read_committed(tmp_path).items()} == {"17": 3, "18": 3}
+
+
+def test_blobs_on_their_way_to_a_commit_stay_however_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A big model over a slow link takes longer than what nothing names is left alone; two commits may share blobs."""
+    monkeypatch.setattr("flwr_ha.replica.holdings.MIN_AGE_S", -1.0)
+    blobs, coordinator = BlobStore(tmp_path), _coordinator()
+    shared, other = blobs.put(b"shared by two runs"), blobs.put(b"of one run")
+    with Replicator(blobs, [], secret="s") as storage:
+        holdings = Holdings(blobs, storage, coordinator, keep_checkpoints=2)
+        with holdings.pinned([shared]):
+            with holdings.pinned([shared, other]):
+                holdings.collect(coordinator.view())
+                assert set(blobs.digests()) == {shared, other}
+            holdings.collect(coordinator.view())
+            assert blobs.digests() == (shared,)
+        holdings.collect(coordinator.view())
+        assert blobs.digests() == ()
+        with pytest.raises(BlobMissingError, match=shared), holdings.pinned([shared]):
+            raise AssertionError("it is not there")

@@ -250,7 +250,7 @@ def test_election_that_a_newer_term_has_overtaken_is_no_leadership() -> None:
     """The answer took so long that the session was lost and another replica has led since."""
     overtaken = (SuperLinkReady(), NOBODY, Seen(leader=1, term=5))
     assert Trace(*overtaken).kinds(Elected(4, 10.0)) == [StandDown, StartSuperLink]
-    assert Trace(*overtaken, StopAsked("SIGTERM")).kinds(Elected(4, 10.0)) == [Exit]
+    assert Trace(*overtaken, StopAsked("SIGTERM")).kinds(Elected(4, 10.0)) == [StandDown, Exit]
 
 
 def test_every_action_says_why() -> None:

@@ -108,3 +108,11 @@ def test_database_that_refuses_is_told(log: EventLog, done: Done, monkeypatch: p
     Restarts(limit=3, events=log).restart(Path("db"), KILLED, term=1)
     FakeTimer.made[0].fire()
     assert log.after(1)[0]["message"] == "the death of a ServerApp cannot be dealt with: unknown schema"
+
+
+def test_pause_stays_a_number_after_any_number_of_restarts(log: EventLog, done: Done) -> None:
+    """The limit is the user's, and may be thousands."""
+    book = Restarts(limit=10_000, events=log)
+    for _ in range(1_000):
+        book.restart(Path("state.db"), KILLED, term=1)
+    assert FakeTimer.made[-1].pause_s == restarts.LONGEST_PAUSE_S
