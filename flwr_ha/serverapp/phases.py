@@ -13,9 +13,10 @@ from flwr_ha.errors import NotEnoughNodesError
 from flwr_ha.model import RunState
 from flwr_ha.serverapp.context import RunContext
 from flwr_ha.serverapp.gather import Gathering
-from flwr_ha.serverapp.nodes import Kind, SamplingGrid, need, online, seeded_sampling
+from flwr_ha.serverapp.nodes import Kind, SamplingGrid, need, online, seeded_sampling, weight_key
 from flwr_ha.serverapp.rounds import Done, Short
 from flwr_ha.serverapp.state import Memory, capture, restore
+from flwr_ha.serverapp.validation import why_weightless
 
 logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr log` shows it
 
@@ -97,9 +98,10 @@ def run_phase(
             decision, replies = gathering.attempt(messages, nodes)
         reason = decision.reason
         if isinstance(decision, Done):
-            if (outcome := aggregate(replies)) is not None:
+            why = why_weightless(replies, weight_key(run.strategy))
+            if why is None and (outcome := aggregate(replies)) is not None:
                 return outcome
-            reason = f"{reason}, but {type(run.strategy).__name__} made no model of them"
+            reason = f"{reason}, but {why or f'{type(run.strategy).__name__} made no model of them'}"
             gathering.forget()
         restore(memory, before, is_exact=True)
         is_failure = isinstance(decision, Done) or decision.is_failure

@@ -159,6 +159,8 @@ class ReplicaSession:
             try:
                 return write()
             except CheckpointError as error:
+                if not _is_of_the_disk(error):
+                    raise
                 reason = f"the checkpoint of round {checkpoint.server_round} cannot be written: {error}"
                 if pauses.is_log_due():
                     logger.error("%s; trying again", reason)
@@ -273,3 +275,8 @@ def _detail(response: httpx.Response) -> str:
         return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP status {response.status_code}"
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Whether the system refused a file: that may pass, what cannot be written at all stays so."""
+    return error is not None and (isinstance(error, OSError) or _is_of_the_disk(error.__cause__))

@@ -11,6 +11,7 @@ import functools
 import logging
 import random
 import types
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,11 @@ logger = logging.getLogger("flwr.ha")  # below Flower's logger, so that `flwr lo
 
 _PLAIN = (bool, int, float, str, types.NoneType)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, functools.partial)
+_DICTS = {dict: "dict", OrderedDict: "ordered", Counter: "counter", defaultdict: "default"}
+_BIT_GENERATORS = {
+    kind.__name__: kind
+    for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
+}
 _TAG = "$"  # the one key of an encoded value that is not plain JSON
 
 
@@ -183,9 +189,9 @@ class _Encoder:
                 return "config", self._pairs(value, path)
             case MetricRecord():
                 return "metrics", self._pairs(value, path)
-            case dict():
-                return "dict", self._pairs(value, path)
-            case tuple():
+            case dict() if type(value) in _DICTS:
+                return _DICTS[type(value)], self._pairs(value, path)
+            case tuple() if type(value) is tuple:
                 return "tuple", self.value(list(value), path)
             case set() | frozenset():
                 items = sorted(value, key=lambda item: (type(item).__name__, repr(item)))
@@ -270,8 +276,8 @@ class _Decoder:
                 return ConfigRecord(self._pairs(body))
             case "metrics":
                 return MetricRecord(self._pairs(body))
-            case "dict":
-                return self._pairs(body, present if isinstance(present, dict) else None)
+            case "dict" | "ordered" | "counter" | "default":
+                return self._dict(kind, self._pairs(body, present if isinstance(present, dict) else None), present)
             case "tuple":
                 return tuple(self.value(body, list(present) if isinstance(present, tuple) else None))
             case "set" | "frozenset":
@@ -279,14 +285,36 @@ class _Decoder:
             case _:
                 return self._object(kind, body, present)
 
+    def _dict(self, kind: str, pairs: dict[Any, Any], present: Any) -> dict[Any, Any]:
+        match kind:
+            case "ordered":
+                return OrderedDict(pairs)
+            case "counter":
+                return Counter(pairs)
+            case "default":  # what makes its values is code: the strategy's own
+                return defaultdict(present.default_factory if isinstance(present, defaultdict) else None, pairs)
+            case _:
+                return pairs
+
     def _object(self, kind: str, body: Any, present: Any) -> Any:
         match kind:
+            case "generator":
+                state = self.value(body)
+                made = present or np.random.Generator(_BIT_GENERATORS[state["bit_generator"]]())
+                made.bit_generator.state = state
+                return made
+            case "random":
+                made = present or random.Random()  # noqa: S311  # the strategy's choice
+                made.setstate(self.value(body))
+                return made
+            case "strategy" | "object" if present is None:
+                logger.warning(
+                    "the strategy had made an object between rounds that this life has not made yet; what it remembered"
+                    " is lost: make it in __init__, or define state_dict() and load_state_dict()"
+                )
+                return None
             case "strategy":
                 self.into(present, body)
-            case "generator":
-                present.bit_generator.state = self.value(body)
-            case "random":
-                present.setstate(self.value(body))
             case "object":
                 present.load_state_dict(self.value(body))
             case _:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Result
 
@@ -43,6 +44,7 @@ class Training:
         self._run = run
         self._memory = memory
         self._result = Result(arrays=canonical(arrays))
+        self._initial = _form(arrays)
         self._evaluate_fn = evaluate_fn
 
     def run(self) -> Result:
@@ -118,7 +120,9 @@ class Training:
             return
         if (metrics := self._evaluate_fn(server_round, self._result.arrays)) is not None:
             logger.info("round %d: metrics of the server %s", server_round, dict(metrics))
-            self._result.evaluate_metrics_serverapp[server_round] = metrics
+            # Flower does not look at what it gets here; a numpy scalar in it could not be kept.
+            plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in metrics.items()}
+            self._result.evaluate_metrics_serverapp[server_round] = MetricRecord(plain)
 
     def _commit(self, server_round: int) -> None:
         state = capture(self._memory, is_copied=False)
@@ -129,7 +133,7 @@ class Training:
             num_rounds=self._run.num_rounds,
             arrays=arrays,
             strategy_arrays=dict(state.arrays),
-            state={**state.plain, "foreign": foreign},
+            state={**state.plain, "foreign": foreign, "initial": self._initial},
             history=result_to_json(self._result),
         )
         head = self._run.session.commit(checkpoint, metrics_for_people(self._result, server_round))
@@ -145,20 +149,20 @@ class Training:
             )
         checkpoint = self._run.session.load(head)
         arrays = unpack(checkpoint.arrays, checkpoint.state["foreign"])
-        if (found := _form(arrays)) != (wanted := _form(self._result.arrays)):
-            raise ConfigError(f"the committed model has arrays {found}, the initial arrays are {wanted}")
+        if (found := checkpoint.state["initial"]) != self._initial:
+            raise ConfigError(f"the run began with arrays {found}, now the initial arrays are {self._initial}")
         restore(self._memory, State(checkpoint.state, checkpoint.strategy_arrays))
         self._result = result_from_json(checkpoint.history, arrays)
         logger.info("resuming after round %d (term %d)", head.position.server_round, head.position.term)
 
 
-def _form(arrays: ArrayRecord) -> list[tuple[Any, ...]]:
+def _form(arrays: ArrayRecord) -> list[list[Any]]:
     """Return names and, but for serialized models (flat bytes, which grow), shapes.
 
     Types are left out: FedAdam and its like turn float32 into float64.
     """
     return [
-        (name, "any" if array.dtype == "uint8" and len(array.shape) == 1 else tuple(array.shape))
+        [name, "any" if array.dtype == "uint8" and len(array.shape) == 1 else list(array.shape)]
         for name, array in arrays.items()
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flwr_ha.serverapp.arrays import NUMPY, view
 
+_REAL = ("float", "int", "uint", "bool")
 _BLOCK = 1 << 20  # elements that are checked at a time: the temporaries stay in the cache
 
 
@@ -26,10 +27,13 @@ class Expectation:
         dtype and shape of each array; None: arrays are not compared with what was sent.
     weight_key : str or None
         Metric by which replies are weighted, as ``num-examples``; None: there is none.
+    not_finite : frozenset of str
+        Arrays that hold NaN or infinite values already, such as a mask of minus infinities: replies may, too.
     """
 
     shapes: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
     weight_key: str | None = None
+    not_finite: frozenset[str] = frozenset()
 
 
 def expect(sent: RecordDict, *, is_train: bool, weight_key: str | None) -> Expectation:
@@ -41,7 +45,12 @@ def expect(sent: RecordDict, *, is_train: bool, weight_key: str | None) -> Expec
     records = list(sent.array_records.values())
     if not is_train or len(records) != 1:
         return Expectation(weight_key=weight_key)
-    return Expectation(shapes={name: _form(_values(records[0], name)) for name in records[0]}, weight_key=weight_key)
+    values = {name: _values(records[0], name) for name in records[0]}
+    return Expectation(
+        shapes={name: _form(array) for name, array in values.items()},
+        weight_key=weight_key,
+        not_finite=frozenset(name for name, array in values.items() if array is not None and not _is_finite(array)),
+    )
 
 
 def _values(record: ArrayRecord, name: str) -> NDArray[Any] | None:
@@ -76,12 +85,23 @@ def _why_weight(content: RecordDict, expectation: Expectation) -> str | None:
     key = expectation.weight_key
     if key is None:
         return None
-    weight = next((record[key] for record in content.metric_records.values() if key in record), None)
+    weight = _weight(content, key)
     if weight is None:
         return f"the metric {key!r} is missing"
-    if isinstance(weight, (bool, list)) or not math.isfinite(weight) or weight <= 0:
-        return f"the metric {key!r} is {weight!r}, not a positive number"
+    if isinstance(weight, (bool, list)) or not math.isfinite(weight) or weight < 0:
+        return f"the metric {key!r} is {weight!r}, not a number from 0"
     return None
+
+
+def _weight(content: RecordDict, key: str) -> Any:
+    return next((record[key] for record in content.metric_records.values() if key in record), None)
+
+
+def why_weightless(replies: Sequence[Message], weight_key: str | None) -> str | None:
+    """Return why no average can be made of valid replies: all of them weigh nothing; None: it can."""
+    if weight_key is None or not replies or any(_weight(reply.content, weight_key) for reply in replies):
+        return None
+    return f"the metric {weight_key!r} is 0 in all of them"
 
 
 def _why_arrays(content: RecordDict, expectation: Expectation) -> str | None:
@@ -109,7 +129,7 @@ def _why_array(record: ArrayRecord, name: str, expectation: Expectation) -> str 
     wanted = expectation.shapes[name] if expectation.shapes is not None else form
     if not (_is_alike(form, wanted) or _is_serialized_model(form, wanted)):
         return f"is {form[0]} {form[1]}, not {wanted[0]} {wanted[1]}"
-    if values is not None and not _is_finite(values):
+    if values is not None and name not in expectation.not_finite and not _is_finite(values):
         return "holds NaN or infinite values"
     return None
 
@@ -119,12 +139,13 @@ def _form(values: NDArray[Any] | None) -> tuple[str, tuple[int, ...]]:
 
 
 def _is_alike(form: tuple[str, tuple[int, ...]], wanted: tuple[str, tuple[int, ...]]) -> bool:
-    """Whether shapes are the same, and dtypes but for the precision.
+    """Whether shapes are the same, and dtypes, or both are real numbers.
 
-    FedAdam and its like send float64 from the second round on; a float32 model answers in float32.
+    An average is float64 for float32 models with FedAdam and its like, and for whole numbers with any strategy: the
+    counter of a batch normalization is int64 in each reply, and float64 in what is sent from the second round on.
     """
-    is_same_kind = form[0] == wanted[0] or (form[0].startswith("float") and wanted[0].startswith("float"))
-    return is_same_kind and form[1] == wanted[1]
+    are_numbers = all(dtype.startswith(_REAL) for dtype in (form[0], wanted[0]))
+    return form[1] == wanted[1] and (form[0] == wanted[0] or are_numbers)
 
 
 def _is_serialized_model(form: tuple[str, tuple[int, ...]], wanted: tuple[str, tuple[int, ...]]) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from flwr_ha.errors import CheckpointCorruptError
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 
 ITEM_BYTES = {
     "BOOL": 1,
@@ -103,7 +103,13 @@ def layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorE
 
 
 def format_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes that precede the tensors; equal input gives equal bytes."""
+    """Return the bytes that precede the tensors; equal input gives equal bytes.
+
+    Raises
+    ------
+    CheckpointError
+        They would be more than `parse_header` takes: keep less in plain values, and more in arrays.
+    """
     fields: dict[str, Any] = {_METADATA: dict(metadata)}
     for entry in entries:
         fields[entry.name] = {
@@ -113,6 +119,11 @@ def format_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -
         }
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)  # readers may map the tensors, which likes alignment
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"names, state and metrics take {len(text)} bytes of JSON in a checkpoint, more than {MAX_HEADER_BYTES}: "
+            "let the strategy keep what is big in arrays, or not at all"
+        )
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 

@@ -205,17 +205,23 @@ def test_a_checkpoint_that_went_bad_before_its_commit_is_written_again(agent, se
 def test_a_full_disk_is_waited_for(agent, session, monkeypatch):
     """The round is still in memory; somebody can make room."""
     session.head()
-    failures = [CheckpointError("no space left"), CheckpointError("no space left")]
+    failures = [OSError(28, "no space left"), OSError(28, "no space left")]
     from flwr_ha.storage import checkpoint as module
 
     def flaky(*args, **options):
         if failures:
-            raise failures.pop()
+            raise CheckpointError("no space left") from failures.pop()
         return save(*args, **options)
 
     monkeypatch.setattr(module, "save", flaky)
     assert session.commit(checkpoint(1), {}).position.server_round == 1
     assert agent.bodies("/status")[0]["reason"] == "the checkpoint of round 1 cannot be written: no space left"
+
+
+def test_what_can_never_be_written_ends_the_training(agent, session):
+    """The app's author must change it; nobody could make it pass by waiting."""
+    with pytest.raises(CheckpointError, match="not JSON"):
+        session.commit(replace(checkpoint(1), history={"accuracy": object()}), {})
 
 
 def test_big_parts_are_offered_before_the_commit(agent, session):

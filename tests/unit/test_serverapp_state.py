@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -255,3 +256,57 @@ def test_a_state_that_does_not_fit_together_is_corrupt():
     state = capture(memory(strategy), is_copied=False)
     with pytest.raises(CheckpointCorruptError, match="the state of Remembering does not fit"):
         restore(memory(Remembering()), State(state.plain, {}))
+
+
+def test_kinds_of_dicts_are_kept():
+    """A plain dict in their place would raise KeyError in the strategy."""
+    strategy, fresh = Remembering(), Remembering()
+    strategy.counter, strategy.ordered = Counter(a=2), OrderedDict(b=1, a=2)
+    strategy.default, fresh.default = defaultdict(list, a=[1]), defaultdict(list)
+    moved(strategy, fresh)
+    assert (fresh.counter, fresh.ordered, fresh.default) == (strategy.counter, strategy.ordered, strategy.default)
+    assert fresh.counter["none"] == 0
+    fresh.default["new"].append(1)
+    assert list(fresh.ordered) == ["b", "a"]
+
+
+def test_a_tuple_with_names_is_reported_and_left_alone(caplog):
+    """A plain tuple in its place would have no names."""
+    Point = namedtuple("Point", "x y")
+    strategy, fresh = Remembering(), Remembering()
+    strategy.point = Point(1, 2)
+    fresh.point = Point(0, 0)
+    moved(strategy, fresh)
+    assert fresh.point.x == 0
+    assert "Remembering.point holds a Point, which is not kept over a failover" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
+def test_a_generator_that_is_made_during_training_is_made_again(kind):
+    """The next life has not made it yet."""
+    strategy, fresh = Remembering(), Remembering()
+    strategy.rng, fresh.rng = np.random.Generator(getattr(np.random, kind)(5)), None
+    strategy.dice, fresh.dice = random.Random(5), None
+    strategy.rng.random(3)
+    moved(strategy, fresh)
+    assert fresh.rng.random() == strategy.rng.random()
+    assert fresh.dice.random() == strategy.dice.random()
+
+
+class Momentum:
+    """Stand for an optimizer of PyTorch."""
+
+    def state_dict(self):
+        return {"momentum": np.ones(2)}
+
+    def load_state_dict(self, state):
+        raise AssertionError("there is nobody to load it")
+
+
+def test_an_object_that_is_made_during_training_is_reported_and_the_run_goes_on(caplog):
+    """Nobody here can make it; a run that ended for it would have lost all its rounds."""
+    strategy, fresh = Remembering(), Remembering()
+    strategy.optimizer, fresh.optimizer = Momentum(), None
+    moved(strategy, fresh)
+    assert fresh.optimizer is None
+    assert "make it in __init__" in caplog.text

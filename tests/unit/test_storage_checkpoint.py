@@ -422,3 +422,13 @@ def test_agent_reads_references_without_numpy(store):
     command = [sys.executable, "-c", code, str(store.root), saved.digest]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == saved.parts[0]
+
+
+def test_checkpoint_that_nobody_could_read_is_not_written(store, monkeypatch):
+    """A strategy may keep gigabytes of plain values; the round must not count, or the run could never go on."""
+    monkeypatch.setattr("flwr_ha.storage.tensorfile.MAX_HEADER_BYTES", 2000)
+    assert load(save(checkpoint(state={"losses": [0.5] * 10}), store).digest, store).state == {"losses": [0.5] * 10}
+    before = store.digests()
+    with pytest.raises(CheckpointError, match="let the strategy keep what is big in arrays"):
+        save(checkpoint(state={"losses": [0.5] * 1000}), store)
+    assert store.digests() == before
