@@ -98,6 +98,6 @@ def _compare(found: Result, wanted: Result, story: str) -> None:
         if found.arrays[name].object_id != array.object_id:
             raise NotResumableError(f"{story} the array {name!r} of the resumed model has other values")
     for part in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
-        if getattr(found, part) != getattr(wanted, part):
+        if repr(getattr(found, part)) != repr(getattr(wanted, part)):  # NaN, which a metric may be, equals nothing
             differing = f"{part}: {getattr(found, part)} instead of {getattr(wanted, part)}"
             raise NotResumableError(f"{story} the resumed training has other {differing}")

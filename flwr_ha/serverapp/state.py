@@ -243,6 +243,7 @@ class _Decoder:
     def __init__(self, arrays: Mapping[str, NDArray[Any]], is_exact: bool) -> None:
         self._arrays = arrays
         self._is_exact = is_exact
+        self._attribute = ""  # that is being given back
 
     def into(self, strategy: Strategy, plain: Mapping[str, Any]) -> None:
         if "own" in plain:
@@ -252,6 +253,7 @@ class _Decoder:
         for name in set(attributes) - set(plain["names"]) if self._is_exact else ():
             del attributes[name]
         for name, encoded in plain["kept"].items():
+            self._attribute = f"{type(strategy).__name__}.{name}"
             setattr(strategy, name, self.value(encoded, attributes.get(name)))
 
     def value(self, encoded: Any, present: Any = None) -> Any:
@@ -309,8 +311,9 @@ class _Decoder:
                 return made
             case "strategy" | "object" if present is None:
                 logger.warning(
-                    "the strategy had made an object between rounds that this life has not made yet; what it remembered"
-                    " is lost: make it in __init__, or define state_dict() and load_state_dict()"
+                    "%s was made during training, and what it held is not given back: make it in __init__, or define"
+                    " state_dict() and load_state_dict()",
+                    self._attribute,
                 )
                 return None
             case "strategy":

@@ -101,3 +101,19 @@ def test_the_server_dies_before_each_reply():
     check_resume(make_strategy, num_rounds=2, num_nodes=2)
 
     assert len(lives) == 1 + 8 + 8
+
+
+def test_a_metric_that_is_nan_is_no_difference():
+    """A loss that is not defined is so in both trainings."""
+
+    class Undefined(FedAvg):
+        """Its metric is NaN."""
+
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            if metrics is not None:
+                metrics["undefined"] = float("nan")
+            return arrays, metrics
+
+    result = check_resume(Undefined, num_rounds=2)
+    assert "undefined" in result.train_metrics_clientapp[2]
