@@ -35,6 +35,7 @@ from flwr_ha.replica.messages import (
     Tick,
     TookOver,
 )
+from flwr_ha.replica.restarts import growing_pause_s
 from flwr_ha.settings import ReplicaSettings
 from flwr_ha.superlink import events
 from flwr_ha.superlink.process import SuperLinkProcess
@@ -44,7 +45,6 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
-MOST_DOUBLINGS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,9 +192,9 @@ class Agent:
             case Resign(term=term, reason=reason):
                 self._worker.submit(self._resign, partial(self.tools.coordinator.disown, term), reason)
             case StartSuperLink():
-                doublings = min(self._failed_starts, MOST_DOUBLINGS)  # else it is no number any more after some hours
-                pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**doublings) if doublings else 0.0
-                self._start_due_s = time.monotonic() + pause_s
+                failed = self._failed_starts
+                pause_s = growing_pause_s(failed, first_s=FIRST_PAUSE_S, factor=2.0, longest_s=LONGEST_PAUSE_S)
+                self._start_due_s = time.monotonic() + (pause_s if failed else 0.0)
             case Exit(reason=reason):
                 self.tools.events.add("stop", reason)
                 self._is_done.set()

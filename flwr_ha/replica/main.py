@@ -35,6 +35,7 @@ from flwr_ha.replica.machine import Timing
 from flwr_ha.replica.messages import StopAsked
 from flwr_ha.replica.metrics import Meter, make_meter
 from flwr_ha.replica.replica import Replica
+from flwr_ha.replica.restarts import growing_pause_s
 from flwr_ha.replica.scrub import Scrubber
 from flwr_ha.replica.sessionapi import session_routes
 from flwr_ha.replica.sharedstore import SharedStoreCollector
@@ -138,19 +139,19 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
 
 def act_when_safe(act: Callable[[Life], bool], agent: Agent, replica: Replica, needed_copies: int, life: Life) -> None:
     """Do what is to be done in this leadership when it can be made safe, and again until it has succeeded."""
-    pause_s, is_told = ACT_AGAIN_S, False
+    failures, is_told = 0, False
     while agent.life is life:
         running = len(running_replicas(replica.pulse.sight.view))
-        if running > needed_copies:
-            if act(life):
-                return
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_ACT_PAUSE_S)
-            continue
-        if not is_told:
-            log.info("nothing is submitted yet: %d of %d needed replicas run", running, needed_copies + 1)
-            is_told = True
-        time.sleep(LOOK_AGAIN_S)
+        if running <= needed_copies:
+            if not is_told:
+                log.info("nothing is submitted yet: %d of %d needed replicas run", running, needed_copies + 1)
+                is_told = True
+            time.sleep(LOOK_AGAIN_S)
+        elif act(life):
+            return
+        else:
+            time.sleep(growing_pause_s(failures, first_s=ACT_AGAIN_S, factor=2.0, longest_s=LONGEST_ACT_PAUSE_S))
+            failures += 1
 
 
 @contextlib.contextmanager

@@ -14,8 +14,13 @@ from flwr_ha.superlink.events import ServerAppDied
 
 FIRST_PAUSE_S = 0.1
 PAUSE_FACTOR = 5.0
-MOST_FACTORS = 10  # else it is no number any more after some hundred restarts
 LONGEST_PAUSE_S = 15.0  # Flower itself fails a run whose ServerApp has been silent for half a minute
+_MOST_FACTORS = 64  # the power of a thousand failures, some hours of them, is no float any more
+
+
+def growing_pause_s(failures: int, *, first_s: float, factor: float, longest_s: float) -> float:
+    """Return how long to wait before the next attempt, in seconds, after any number of earlier failures from 0."""
+    return min(first_s * factor ** min(failures, _MOST_FACTORS), longest_s)
 
 
 class Restarts:
@@ -47,7 +52,7 @@ class Restarts:
             self._events.add("error", reason, run_id=death.run_id)
             self._act(death, lambda: linkstate.fail_task(database, death.task_id, reason=reason))
             return
-        pause_s = min(FIRST_PAUSE_S * PAUSE_FACTOR ** min(count, MOST_FACTORS), LONGEST_PAUSE_S)
+        pause_s = growing_pause_s(count, first_s=FIRST_PAUSE_S, factor=PAUSE_FACTOR, longest_s=LONGEST_PAUSE_S)
         self._events.add("serverapp-died", f"{_why(death)}; it starts again in {pause_s:g} s", run_id=death.run_id)
         note = f"{_why(death)}: it starts again (restart {count + 1} of {self._limit} in term {term})"
         timer = threading.Timer(

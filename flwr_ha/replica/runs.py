@@ -57,7 +57,7 @@ class RunBoard:
         if summary is None:
             return tuple(reports.values())
         merged = [_merge(row, summary.nodes_online, reports.get(row.run_id)) for row in summary.runs]
-        surplus = [status.run_id for status in merged if status.state.is_final][:-MAX_RUNS]
+        surplus = frozenset([status.run_id for status in merged if status.state.is_final][:-MAX_RUNS])
         return tuple(status for status in merged if status.run_id not in surplus)
 
 

@@ -27,13 +27,14 @@ class Expectation:
         dtype and shape of each array; None: arrays are not compared with what was sent.
     weight_key : str or None
         Metric by which replies are weighted, as ``num-examples``; None: there is none.
-    not_finite : frozenset of str
-        Arrays that hold NaN or infinite values already, such as a mask of minus infinities: replies may, too.
+    sent : ArrayRecord or None
+        What was sent: where an array of it is not finite already, such as a mask of minus infinities, replies need not
+        be either.
     """
 
     shapes: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
     weight_key: str | None = None
-    not_finite: frozenset[str] = frozenset()
+    sent: ArrayRecord | None = None
 
 
 def expect(sent: RecordDict, *, is_train: bool, weight_key: str | None) -> Expectation:
@@ -45,11 +46,9 @@ def expect(sent: RecordDict, *, is_train: bool, weight_key: str | None) -> Expec
     records = list(sent.array_records.values())
     if not is_train or len(records) != 1:
         return Expectation(weight_key=weight_key)
-    values = {name: _values(records[0], name) for name in records[0]}
+    (record,) = records
     return Expectation(
-        shapes={name: _form(array) for name, array in values.items()},
-        weight_key=weight_key,
-        not_finite=frozenset(name for name, array in values.items() if array is not None and not _is_finite(array)),
+        shapes={name: _form(_values(record, name)) for name in record}, weight_key=weight_key, sent=record
     )
 
 
@@ -129,7 +128,7 @@ def _why_array(record: ArrayRecord, name: str, expectation: Expectation) -> str 
     wanted = expectation.shapes[name] if expectation.shapes is not None else form
     if not (_is_alike(form, wanted) or _is_serialized_model(form, wanted)):
         return f"is {form[0]} {form[1]}, not {wanted[0]} {wanted[1]}"
-    if values is not None and name not in expectation.not_finite and not _is_finite(values):
+    if not _is_finite(values) and (expectation.sent is None or _is_finite(_values(expectation.sent, name))):
         return "holds NaN or infinite values"
     return None
 
@@ -153,8 +152,8 @@ def _is_serialized_model(form: tuple[str, tuple[int, ...]], wanted: tuple[str, t
     return form[0] == wanted[0] == "uint8" and len(form[1]) == len(wanted[1]) == 1
 
 
-def _is_finite(values: NDArray[Any]) -> bool:
-    if values.dtype.kind not in "fc":
+def _is_finite(values: NDArray[Any] | None) -> bool:
+    if values is None or values.dtype.kind not in "fc":
         return True
     flat = values.reshape(-1, order="F" if values.flags.f_contiguous else "C")
     return all(bool(np.isfinite(flat[start : start + _BLOCK]).all()) for start in range(0, flat.size, _BLOCK))

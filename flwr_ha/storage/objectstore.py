@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from flwr_ha.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from flwr_ha.errors import CheckpointCorruptError, CheckpointError, HaError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import validate_digest
 from flwr_ha.storage.objects import Bucket, Folder, Objects, open_file_system
@@ -40,21 +40,19 @@ def folders_below(url: str) -> tuple[str, ...]:
         The URL is unknown, or the package that it needs is not installed; says which.
     """
     prefix = url.rstrip("/")
-    try:
+
+    def names() -> list[str]:
         if url.startswith(_FILE):
             # Not every folder: to open one that holds no blobs would make an empty store of it.
-            names = [found.parent.name for found in Path(prefix.removeprefix(_FILE)).glob("*/blobs")]
-        else:
-            system, path = open_file_system(prefix, {})
+            return [found.parent.name for found in Path(prefix.removeprefix(_FILE)).glob("*/blobs")]
+        system, path = open_file_system(prefix, {})
+        try:
             entries = system.ls(path, detail=True)
-            names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
-    except ConfigError:
-        raise
-    except FileNotFoundError:
-        return ()
-    except Exception as error:  # every library behind fsspec has errors of its own
-        raise CheckpointError(f"cannot list folders in {url}: {error or type(error).__name__}") from error
-    return tuple(f"{prefix}/{name}" for name in sorted(names))
+        except FileNotFoundError:
+            return []
+        return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+
+    return tuple(f"{prefix}/{name}" for name in sorted(_explained("list folders", url, names)))
 
 
 class ObjectStorage:
@@ -214,11 +212,15 @@ class ObjectStorage:
             raise CheckpointError(f"{self._url} has not answered within {timeout_s:g} s")
 
     def _explained(self, what: str, call: Callable[[], _T]) -> _T:
-        try:
-            return call()
-        except CheckpointError:
-            raise
-        except FileNotFoundError as error:
-            raise CheckpointError(f"cannot {what} in {self._url}: it is not there") from error
-        except Exception as error:  # every library behind fsspec has errors of its own
-            raise CheckpointError(f"cannot {what} in {self._url}: {error or type(error).__name__}") from error
+        return _explained(what, self._url, call)
+
+
+def _explained(what: str, url: str, call: Callable[[], _T]) -> _T:
+    try:
+        return call()
+    except HaError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"cannot {what} in {url}: it is not there") from error
+    except Exception as error:  # every library behind fsspec has errors of its own
+        raise CheckpointError(f"cannot {what} in {url}: {error or type(error).__name__}") from error
