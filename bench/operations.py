@@ -11,6 +11,7 @@ from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.memory import MemoryStore, MemoryTree
 from flwr_ha.coordination.protocol import Operation, Versioned
 from flwr_ha.model import Head, Position
+from flwr_ha.replica.commitlogs import CommitLogs
 
 ROUNDS = 5
 
@@ -42,11 +43,14 @@ def measure(folder: Path, scale: Scale) -> list[Figure]:
     """Count for small and for big models and many clients, for few and for many runs."""
     small, big = _per_round(5, 10**6), _per_round(1000, 10**10)
     few, many = _per_beat(1), _per_beat(scale.pick(50, 500))
+    young, old = _per_followed_round(2, 1), _per_followed_round(scale.pick(50, 500), scale.pick(50, 500))
     return [
         Figure(name="store operations for a round, 1,000 clients, 10 GB", value=big, unit="operations", against=small,
                ratio=big / small, goal=1.0),
         Figure(name="store operations for a heartbeat, 500 ended runs", value=many, unit="operations", against=few,
                ratio=many / few, goal=1.0),
+        Figure(name="store operations of a replica that follows a round, after 500 rounds and 500 ended runs",
+               value=old, unit="operations", against=young, ratio=old / young, goal=1.0),
     ]  # fmt: skip
 
 
@@ -80,6 +84,23 @@ def _per_beat(runs: int) -> float:
         coordinator.commit(leadership, _head(str(run), 1, 1, 10**6, {}))
     coordinator.view()
     return float(_count(store, coordinator.view))
+
+
+def _per_followed_round(past_rounds: int, past_runs: int) -> float:
+    """Let a replica see the next commit of a run, as its heartbeat does."""
+    store, coordinator = _coordinator()
+    leadership = coordinator.campaign("bench")
+    assert leadership is not None
+    for run in range(past_runs):
+        coordinator.commit(leadership, _head(str(run), 1, 1, 10**6, {}))
+    for server_round in range(1, past_rounds + 1):
+        coordinator.commit(leadership, _head("99999", server_round, past_rounds + 1, 10**6, {}))
+    logs = CommitLogs(coordinator)
+    logs.follow(coordinator.view().heads)
+    while logs.read_rest():
+        logs.follow(coordinator.view().heads)
+    coordinator.commit(leadership, _head("99999", past_rounds + 1, past_rounds + 1, 10**6, {}))
+    return float(_count(store, lambda: logs.follow(coordinator.view().heads)))
 
 
 def _head(run_id: str, server_round: int, num_rounds: int, size_bytes: int, metrics: dict[str, float]) -> Head:

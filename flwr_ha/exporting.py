@@ -16,7 +16,7 @@ from flwr_ha.operator import Operator, RequestRefusedError
 from flwr_ha.settings import Settings
 from flwr_ha.storage import checkpoint
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.committed import read_committed
+from flwr_ha.storage.committed import committed_runs, read_committed
 from flwr_ha.storage.export import export
 from flwr_ha.storage.files import CHUNK_BYTES
 from flwr_ha.storage.replication import Peer, Replicator
@@ -70,15 +70,15 @@ def _from_folders(settings: Settings, run_id: str, error: CoordinationError) -> 
     logs, unreadable = [], []
     for store in stores:
         try:
-            logs.append(read_committed(store.root))
+            logs.append(read_committed(store.root, run_id))
         except CheckpointError as problem:
             unreadable.append(str(problem))
-    found = [log[run_id] for log in logs if run_id in log]
-    if not found and unreadable:
+    newest = max(logs, key=lambda log: (log[-1]["term"], log[-1]["server_round"]) if log else (0, 0), default=[])
+    if not newest and unreadable:
         raise CheckpointError("; ".join(unreadable))
-    if not found:
-        raise _unknown(settings, run_id, sorted({run for log in logs for run in log}))
-    return max(found, key=lambda log: (log[-1]["term"], log[-1]["server_round"]) if log else (0, 0))
+    if not newest:
+        raise _unknown(settings, run_id, sorted(frozenset().union(*(committed_runs(store.root) for store in stores))))
+    return newest
 
 
 def _unknown(settings: Settings, run_id: str, runs: Sequence[str]) -> CheckpointError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 
 from flwr_ha.coordination.protocol import Store
 from flwr_ha.coordination.values import (
@@ -41,7 +42,6 @@ class ClusterReader:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._cache_lock = threading.Lock()
-        self._log_cache: dict[str, Head] = {}
         self._history_cache: dict[str, LeadershipChange] = {}
         self._last_heads: dict[str, Head] = {}  # of runs that have all their rounds: replaced as a whole
 
@@ -91,25 +91,23 @@ class ClusterReader:
         return found
 
     def commit_log(self, run_id: str) -> tuple[Head, ...]:
-        """Return the commits of the run, one per round from 1 on; what was read once is not read again."""
-        with self._store.together():  # after a start it may be thousands of rounds
-            rounds = [self.committed_round(run_id, int(name)) for name in self._store.children(rounds_key(run_id))]
-        return tuple(entry for entry in rounds if entry is not None)
+        """Return the commits of the run, one per round from 1 on: a request for each."""
+        rounds = self.committed_rounds(run_id, map(int, self._store.children(rounds_key(run_id))))
+        return tuple(rounds.values())
+
+    def committed_rounds(self, run_id: str, server_rounds: Iterable[int]) -> dict[int, Head]:
+        """Return the commits of these rounds, without those that are not committed; round 0 has no entry."""
+        entries = {}
+        with self._store.together():  # it may be thousands
+            for server_round in server_rounds:
+                found = self._store.get(round_key(run_id, server_round))
+                if found is not None:
+                    entries[server_round] = Head.from_json(load(found.data))
+        return entries
 
     def committed_round(self, run_id: str, server_round: int) -> Head | None:
-        """Return the commit of one round, None where it is not committed; round 0 has no entry."""
-        key = round_key(run_id, server_round)
-        with self._cache_lock:
-            cached = self._log_cache.get(key)
-        if cached is not None:
-            return cached
-        found = self._store.get(key)
-        if found is None:
-            return None
-        entry = Head.from_json(load(found.data))
-        with self._cache_lock:
-            self._log_cache[key] = entry
-        return entry
+        """Return the commit of one round, None where it is not committed."""
+        return self.committed_rounds(run_id, (server_round,)).get(server_round)
 
     def control_head(self) -> ControlHead | None:
         """Return the committed snapshot of the control plane, None before the first."""

@@ -60,7 +60,10 @@ class ReplicaStatus(Protocol):
         ...
 
     def commits(self, run_id: str) -> list[dict[str, Any]] | None:
-        """Return the commit log of a run, oldest first; None where the cluster has no commit of it."""
+        """Return the newest commits of a run, oldest first; None where the cluster has no commit of it.
+
+        CoordinationError while they are still being read.
+        """
         ...
 
     def history(self) -> list[dict[str, Any]]:
@@ -170,7 +173,10 @@ def _information_routes(replica: ReplicaStatus) -> list[Route]:
 
     async def commits(request: Request) -> Response:
         run_id = request.path_params["run_id"]
-        log = replica.commits(run_id)
+        try:
+            log = replica.commits(run_id)
+        except CoordinationError as error:
+            raise HTTPException(503, str(error)) from error
         if log is None:
             raise HTTPException(404, f"run {run_id} has no committed round here")
         return JSONResponse(log)

@@ -31,13 +31,15 @@ def cluster_json(settings: Settings, view: View, logs: CommitLogs) -> dict[str, 
         The JSON object of the contract.
     """
     leader = view.leader.replica_id if view.leader is not None else None
+    listed = statuses(view, leader)
+    runs = {run_id: listed.get(run_id) or _unlisted(run_id, view, leader) for run_id in _run_ids(view, listed)}
     return {
         "cluster": settings.cluster,
         "term": view.term,
         "leader": leader,
         "paused": view.is_paused,
         "replicas": [_replica(replica.id, settings, view, leader) for replica in settings.replicas],
-        "runs": [_run(run_id, view, leader, logs.get(run_id, ())) for run_id in _run_ids(view, leader)],
+        "runs": [_run(status, view, logs.get(run_id, ())) for run_id, status in runs.items()],
     }
 
 
@@ -67,21 +69,19 @@ def statuses(view: View, leader: int | None) -> dict[str, RunStatus]:
     return {status.run_id: status for status in entries}
 
 
-def _run_ids(view: View, leader: int | None) -> list[str]:
+def _run_ids(view: View, listed: Mapping[str, RunStatus]) -> list[str]:
     """Return the runs, oldest first: the ones that the leader has dropped from its list, then that list.
 
     Flower's run ids are random; the leader lists its runs as they were submitted.
     """
-    listed = statuses(view, leader)
     others = sorted((head.committed_at, run_id) for run_id, head in view.heads.items() if run_id not in listed)
     return [*(run_id for _, run_id in others), *listed]
 
 
-def _run(run_id: str, view: View, leader: int | None, commits: Sequence[Head]) -> dict[str, Any]:
-    head = view.heads.get(run_id)
-    status = statuses(view, leader).get(run_id) or _status_without_leader(run_id, head)
+def _run(status: RunStatus, view: View, commits: Sequence[Head]) -> dict[str, Any]:
+    head = view.heads.get(status.run_id)
     return {
-        "run_id": run_id,
+        "run_id": status.run_id,
         "app": status.app or (head.app if head else ""),
         "state": status.state.value,
         "reason": status.reason,
@@ -94,14 +94,16 @@ def _run(run_id: str, view: View, leader: int | None, commits: Sequence[Head]) -
     }
 
 
-def _status_without_leader(run_id: str, head: Head | None) -> RunStatus:
-    is_done = head is not None and head.position.server_round >= head.num_rounds > 0
-    return RunStatus(
-        run_id=run_id,
-        app=head.app if head else "",
-        state=RunState.FINISHED if is_done else RunState.WAITING,
-        reason="" if is_done else "no leader",
-    )
+def _unlisted(run_id: str, view: View, leader: int | None) -> RunStatus:
+    """Return what the commits say of a run: nobody leads, or the leader has dropped it from its list."""
+    head, record = view.heads[run_id], view.replicas.get(leader) if leader is not None else None
+    if head.position.server_round >= head.num_rounds > 0:
+        state, reason = RunState.FINISHED, ""
+    elif record is not None and record.get("knows_runs"):
+        state, reason = RunState.STOPPED, "it ended before its last round, some time ago"
+    else:
+        state, reason = RunState.WAITING, "no leader"
+    return RunStatus(run_id=run_id, app=head.app, state=state, reason=reason)
 
 
 def _checkpoint(head: Head, view: View) -> dict[str, Any]:

@@ -155,16 +155,13 @@ class Duties:
             self._superlink.open_public(address, timeout_s=OPEN_TIMEOUT_S)
 
     def _ensure_checkpoints(self, heads: Mapping[str, Head], unfinished: frozenset[str]) -> None:
-        for run_id, head in heads.items():
+        """Have what the unfinished runs go on with; copies of ended ones can be had later, and may be many."""
+        for run_id in unfinished & heads.keys():
             try:
-                self._tools.holdings.ensure(head.position.digest, is_control=False, timeout_s=FETCH_TIMEOUT_S)
+                self._tools.holdings.ensure(heads[run_id].position.digest, is_control=False, timeout_s=FETCH_TIMEOUT_S)
             except BlobLostError as error:
                 # Waiting would not bring it back, and the other runs can go on: this one's ServerApp will say so.
                 self._tools.events.add("error", f"the checkpoint of run {run_id} is lost: {error}", run_id=run_id)
-            except CheckpointError as error:
-                if run_id in unfinished:
-                    raise
-                self._tools.events.add("copy-missing", f"checkpoint of the ended run {run_id} is not here: {error}")
 
     def replicate_control(self, *, is_asked: bool = False, seen: object = None) -> bool:
         """Commit the control plane as it is now; return whether it is safe on a majority.

@@ -18,7 +18,6 @@ MAX_MESSAGE = 2000  # characters
 _LEVELS = {
     "reply-rejected": logging.WARNING,
     "not-committed": logging.WARNING,
-    "copy-missing": logging.WARNING,
     "disk": logging.WARNING,
     "error": logging.ERROR,
 }

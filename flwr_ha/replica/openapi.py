@@ -118,7 +118,11 @@ def _information() -> Json:
             "parameters": [{"name": "run_id", "in": "path", "required": True, "schema": _RUN_ID}],
             **_get(
                 "The committed rounds of a run, oldest first",
-                {"200": _json("Commits", _list(_ref("Commit"))), "404": _problem("No round of it is committed")},
+                {
+                    "200": _json("The newest 1000 at most", _list(_ref("Commit"))),
+                    "404": _problem("No round of it is committed"),
+                    "503": _problem("This replica has just started and still reads them"),
+                },
             ),
         },
         "/metrics": _get("Metrics of this replica", metrics),

@@ -36,7 +36,7 @@ class Sight:
     history : tuple of LeadershipChange
         Newest last.
     logs : mapping of str to tuple of Head
-        Commit log of each run, oldest first.
+        Newest commits of each run, oldest first; `CommitLogs.is_read` says whether they are all here.
     read_s : float
         Monotonic time before it was read; minus infinity before the first time.
     """
@@ -93,6 +93,7 @@ class Pulse:
         self._threads = [
             threading.Thread(target=self._beat_for_ever, name="pulse"),
             threading.Thread(target=self._follow_for_ever, name="holdings"),
+            threading.Thread(target=self._read_for_ever, name="commit-logs"),
         ]
 
     def wake(self) -> None:
@@ -176,11 +177,7 @@ class Pulse:
             if replica_id != self._agent.settings.id and record.get("superlink"):
                 self._superlinks[replica_id] = ChildRecord.from_json(record["superlink"])
         old = self.sight
-        logs = dict(old.logs)
-        for run_id, head in view.heads.items():
-            known = old.view.heads.get(run_id)
-            if known is None or known.position != head.position:
-                logs[run_id] = self._coordinator.commit_log(run_id)
+        logs = self._holdings.logs.follow(view.heads)
         is_new_term = view.term != old.view.term or old.read_s == float("-inf")
         history = self._coordinator.history() if is_new_term else old.history
         self.sight = Sight(view=view, history=history, logs=logs, read_s=read_s)
@@ -207,6 +204,17 @@ class Pulse:
                     self.wake()  # publish it
             except Exception:
                 log.exception("the holdings cannot be followed this time")
+
+    def _read_for_ever(self) -> None:
+        """Read what a heartbeat leaves of long commit logs, as after a start."""
+        while not self._stop.wait(FOLLOW_EVERY_S):
+            try:
+                while not self._stop.is_set() and self._holdings.logs.read_rest():
+                    self.wake()  # show it
+            except CoordinationError:
+                continue  # the pulse tells
+            except Exception:
+                log.exception("the commit logs cannot be read this time")
 
     def _look_at_disk(self) -> None:
         if self._disk.look(needed_bytes(self.sight.view.heads.values())):

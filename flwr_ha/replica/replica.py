@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_ha.coordination.values import Record
-from flwr_ha.errors import FencedError
+from flwr_ha.errors import CoordinationError, FencedError
 from flwr_ha.model import Head, ReplicaState, RunState, RunStatus
 from flwr_ha.replica.agent import Agent, Life, Office
 from flwr_ha.replica.api import RefusedError
@@ -97,6 +97,7 @@ class Replica:
             "checked": self._tools.holdings.checked,
             "holds": self._tools.holdings.holds,
             "runs": [status.to_json() for status in self._board.statuses()] if is_elected else [],
+            "knows_runs": is_elected and self._board.is_complete,
             "superlink": _identity(self._agent.life),
         }
 
@@ -134,8 +135,10 @@ class Replica:
         return cluster_json(self._settings, sight.view, sight.logs)
 
     def commits(self, run_id: str) -> list[dict[str, Any]] | None:
-        """Return the commit log of a run, oldest first; None where the cluster has no commit of it."""
+        """Return the newest commits of a run, oldest first; None where the cluster has no commit of it."""
         log = self.pulse.sight.logs.get(run_id)
+        if log is not None and not self._tools.holdings.logs.is_read(run_id):
+            raise CoordinationError(f"the rounds of run {run_id} are still being read, try again in a few seconds")
         return None if log is None else [head.to_json() for head in log]
 
     def history(self) -> list[dict[str, Any]]:
@@ -280,6 +283,8 @@ class Replica:
             except (OSError, sqlite3.Error) as error:
                 if self._agent.office is office:
                     self._agent.post(SuperLinkGone(f"its database cannot be read: {error}"))
+            finally:
+                self._board.clear()  # the next leadership of this replica knows nothing of its runs at first
 
     def _watch(self, watch: Watch, office: Office) -> None:
         seen = (watch, watch.version())  # a version means something to the one that has read it only

@@ -33,6 +33,12 @@ class RunBoard:
         return before
 
     @property
+    def is_complete(self) -> bool:
+        """Whether Flower's database has been read: what is not listed has ended."""
+        with self._lock:
+            return self._summary is not None
+
+    @property
     def nodes_online(self) -> int:
         """SuperNodes that are online, as last read."""
         with self._lock:

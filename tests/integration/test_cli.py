@@ -75,7 +75,8 @@ def test_operators_day_on_an_embedded_cluster(tmp_path):
         assert ha(config, "checkpoint", "export", "1", "--out", str(up)).returncode == 1
         wait_until(
             lambda: all(
-                (cluster.folder / "data" / f"replica-{n}" / "store" / "committed.json").exists() for n in (0, 1)
+                (cluster.folder / "data" / f"replica-{n}" / "store" / "committed" / f"{run_id}.json").exists()
+                for n in (0, 1)
             ),
             timeout_s=20.0,
             what="the commit logs on disk",

@@ -7,7 +7,6 @@ import pytest
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.memory import MemoryStore, MemoryTree
 from flwr_ha.coordination.protocol import Versioned
-from flwr_ha.coordination.reader import ClusterReader
 from flwr_ha.errors import CoordinationError
 from flwr_ha.model import Head, Position
 
@@ -107,21 +106,6 @@ def test_a_left_over_leadership_is_not_mistaken_for_that_of_a_faster_replica(tre
 
     assert coordinator.campaign("again") is None
     assert other.leader().replica_id == 1
-
-
-def test_a_log_entry_is_read_once(coordinator, tree):
-    """Committed rounds never change: a long log costs its new entries only."""
-    leadership = coordinator.campaign("start")
-    head = Head.from_json({**HEAD.to_json(), "server_round": 1})
-    coordinator.commit(leadership, head)
-    counting = tree.store()
-    counting.start(lambda: None, timeout_s=1)
-    reader = ClusterReader(counting)
-    log = reader.commit_log("17")
-    tree.entries["rounds/17/0000000001"].data = b"must not be read again"
-
-    assert reader.commit_log("17") == log
-    assert len(log) == 1
 
 
 def test_ended_runs_of_the_past_cost_a_heartbeat_nothing() -> None:

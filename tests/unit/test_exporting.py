@@ -143,10 +143,10 @@ def test_blobs_of_two_damaged_replicas_make_one_good_model(settings, heads, tmp_
 
 def test_unreadable_commit_log_is_passed_over_for_a_good_one(settings, heads, tmp_path):
     """One damaged file does not hide what the other replica knows."""
-    (settings.replica_dir(0) / "store" / "committed.json").write_text("{")
+    (settings.replica_dir(0) / "store" / "committed" / f"{RUN}.json").write_text("{")
     assert len(committed_rounds(settings, RUN)) == ROUNDS
-    (settings.replica_dir(1) / "store" / "committed.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"committed\.json is not JSON"):
+    (settings.replica_dir(1) / "store" / "committed" / f"{RUN}.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"12\.json is not JSON"):
         committed_rounds(settings, RUN)
 
 
@@ -272,7 +272,7 @@ def test_state_dict_is_what_torch_loads(settings, heads, tmp_path):
 def test_commit_log_of_a_newer_version_is_refused(settings, heads):
     """An unknown format is not guessed at."""
     root = settings.replica_dir(0) / "store"
-    assert read_committed(root)[RUN][-1]["server_round"] == ROUNDS
-    (root / "committed.json").write_text(json.dumps({"format": 2, "runs": {}}))
+    assert read_committed(root, RUN)[-1]["server_round"] == ROUNDS
+    (root / "committed" / f"{RUN}.json").write_text(json.dumps({"format": 2, "commits": []}))
     with pytest.raises(CheckpointError, match="newer flwr_ha"):
-        read_committed(root)
+        read_committed(root, RUN)

@@ -44,6 +44,7 @@ def record(
     holds: int | None = None,
     checked: int = 3,
     runs: list[RunStatus] | None = None,
+    knows_runs: bool = True,
     lag: int = 0,
 ) -> Record:
     """Return what a replica publishes: the round whose checkpoint lies there, and that which it looked for."""
@@ -54,6 +55,7 @@ def record(
         "checked": {RUN: head(checked).position.digest},
         "holds": {} if holds is None else {RUN: head(holds).position.digest},
         "runs": [status.to_json() for status in runs or ()],
+        "knows_runs": knows_runs,
     }
 
 
@@ -145,6 +147,19 @@ def test_without_a_leader_the_commits_still_tell(server_round: int, state: str, 
     view = View(term=3, heads={RUN: head(server_round)})
     (run,) = cluster_json(SETTINGS, view, {})["runs"]
     assert (run["state"], run["reason"], run["server_round"]) == (state, reason, server_round)
+
+
+@pytest.mark.parametrize(
+    ("knows_runs", "server_round", "state"), [(True, 3, "stopped"), (True, 8, "finished"), (False, 3, "waiting")]
+)
+def test_run_that_the_leader_does_not_list_has_ended(knows_runs: bool, server_round: int, state: str) -> None:
+    """It lists the newest of those that have ended; right after a takeover it has not looked yet."""
+    view = View(
+        leader=leader(1), replicas={1: record(1, knows_runs=knows_runs)}, heads={RUN: head(server_round)}, term=3
+    )
+    (run,) = cluster_json(SETTINGS, view, {})["runs"]
+    assert run["state"] == state
+    assert bool(run["reason"]) == (state != "finished")
 
 
 def test_copies_are_those_that_exist_now() -> None:
