@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 if __name__ == "__main__":  # before the heavy imports: a replica's own process stays light
-    from flwr_ha.cli import run_example
+    from flwr_ha.example import run_example
 
     raise SystemExit(run_example(Path(__file__).parent))
 

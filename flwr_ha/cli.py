@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +14,7 @@ from rich.console import Group
 
 from flwr_ha import cli_checkpoint, tables
 from flwr_ha.config import load_settings, zookeeper_home_from_environment
-from flwr_ha.console import ConfigOption, JsonOption, WatchOption, run_guarded, show
+from flwr_ha.console import ConfigOption, JsonLogOption, JsonOption, WatchOption, run_guarded, set_up_logging, show
 from flwr_ha.errors import ConfigError, CoordinationError
 from flwr_ha.operator import Operator, RequestRefusedError
 from flwr_ha.settings import Endpoint
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from flwr_ha.replica.agent import Life
     from flwr_ha.settings import Settings
 
-log = logging.getLogger(__name__)
 SWITCHOVER_TIMEOUT_S = 660.0
 NOTICE_S = 5.0
 POLL_S = 0.2
@@ -84,9 +80,11 @@ def switchover(
     Example: flwr-ha switchover --candidate 1
     """
     operator = Operator(load_settings(config))
-    term = operator.get("/cluster")["term"]
+    before = operator.get("/cluster")
     operator.post("/switchover", {"candidate": candidate})
-    cluster = _wait_cluster(operator, lambda seen: seen["term"] > term and seen["leader"] is not None, timeout)
+    cluster = _wait_cluster(
+        operator, lambda seen: seen["term"] > before["term"] and seen["leader"] is not None, timeout
+    )
     if cluster is None:
         raise RequestRefusedError(
             f"the leadership has not changed within {timeout:g} s; it will after the running round: `flwr-ha list`"
@@ -94,6 +92,10 @@ def switchover(
     if candidate is not None and cluster["leader"] != candidate:
         raise RequestRefusedError(
             f"replica {cluster['leader']} leads in term {cluster['term']}, not replica {candidate}: `flwr-ha history`"
+        )
+    if candidate is None and cluster["leader"] == before["leader"]:
+        raise RequestRefusedError(
+            f"replica {cluster['leader']} leads again in term {cluster['term']}: `flwr-ha history`"
         )
     print(json.dumps(cluster) if as_json else f"replica {cluster['leader']} leads in term {cluster['term']}")
 
@@ -142,38 +144,31 @@ def _set_paused(is_paused: bool, message: str, config: Path | None, as_json: boo
 def replica(
     replica_id: Annotated[int, typer.Option("--id", help="Which replica of the settings this process is.")],
     config: ConfigOption = None,
+    as_json: JsonLogOption = False,
 ) -> None:
     """Run one replica in the foreground; SIGTERM and Ctrl-C hand the leadership over.
 
     Example: flwr-ha replica --id 0
     """
+    set_up_logging(as_json=as_json)
     start_replica(load_settings(config), replica_id)
 
 
 def start_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[Life], bool] | None = None) -> None:
-    """Run a replica with its log on standard error; an unreachable coordinator is a wrong setting at start."""
+    """Run a replica; an unreachable coordinator is a wrong setting at start."""
     from flwr_ha.replica.main import run_replica
 
-    set_up_logging()
     try:
         run_replica(settings, replica_id, when_leading=when_leading)
     except CoordinationError as error:
         raise ConfigError(f"coordinator = {settings.coordinator!r}: {error}") from error
 
 
-def set_up_logging() -> None:
-    """Send the log to standard error, one line an entry."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "httpcore", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns ten times a second while ZooKeeper is away, which our own event log says once.
-    logging.getLogger("kazoo").setLevel(logging.ERROR)
-
-
 @app.command()
 def zookeeper(
     folder: Annotated[Path, typer.Option(help="Where the nodes keep their data.")] = Path(".flwr-ha/zookeeper"),
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a local ZooKeeper ensemble in the foreground, on the ports of the coordinator setting; Ctrl-C ends it.
 
@@ -184,7 +179,7 @@ def zookeeper(
     settings = load_settings(config)
     if settings.is_embedded:
         raise ConfigError("coordinator is embedded: no ZooKeeper is needed, start the replicas")
-    set_up_logging()
+    set_up_logging(as_json=as_json)
     hosts = [Endpoint.parse(host, setting="coordinator") for host in settings.zookeeper_hosts.split(",")]
     if not all(host.is_loopback for host in hosts):
         raise ConfigError(f"coordinator = {settings.coordinator!r} names other machines: start ZooKeeper there")
@@ -196,11 +191,12 @@ def zookeeper(
     try:
         with ensemble:
             ensemble.wait_ready(60.0)
-            print(f"ZooKeeper serves {ensemble.connect_string}; Ctrl-C ends it", flush=True)
+            hosts_text = ensemble.connect_string
+            _tell({"serves": hosts_text}, f"ZooKeeper serves {hosts_text}; Ctrl-C ends it", as_json)
             while True:
                 signal.pause()
     except KeyboardInterrupt:
-        print("ZooKeeper is ended; its data stays", flush=True)
+        _tell({"serves": None}, "ZooKeeper is ended; its data stays", as_json)
 
 
 @app.command()
@@ -211,6 +207,7 @@ def certs(
     ] = None,
     days: Annotated[int, typer.Option(help="How long the certificates are good.", min=1)] = 365,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a development certificate authority, and a certificate for all addresses of the cluster.
 
@@ -222,9 +219,16 @@ def certs(
 
     settings = load_settings(config, has_certificates=False)
     hosts = [endpoint.host for each in settings.replicas for endpoint in (each.address, each.api)]
-    for path in write_certificates(folder, [*hosts, *(host or [])], days=days):
-        print(path)
+    paths = write_certificates(folder, [*hosts, *(host or [])], days=days)
+    if as_json:
+        print(json.dumps([str(path) for path in paths]))
+        return
+    print(*paths, sep="\n")
     print(f'[tool.flwr-ha.tls]\nca = "{folder}/ca.crt"\ncert = "{folder}/server.crt"\nkey = "{folder}/server.key"')
+
+
+def _tell(value: dict[str, Any], sentence: str, as_json: bool) -> None:
+    print(json.dumps(value) if as_json else sentence, flush=True)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -236,59 +240,18 @@ def demo(
     rounds: Annotated[int, typer.Option(help="Rounds to train.")] = 8,
     kill: Annotated[int, typer.Option(help="Leaders to kill on the way.")] = 1,
     coordinator: Annotated[str, typer.Option(help="zookeeper, embedded, or auto.")] = "auto",
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show it: a cluster on this machine trains the MNIST CNN while its leader is killed.
 
-    Runs the app of this folder; logs and data go to .flwr-ha/demo.
+    Runs the app of this folder; logs and data go to .flwr-ha/demo. With --json the report goes to
+    standard output, and what happens to standard error.
 
     Example: flwr-ha demo --rounds 8 --kill 2 --coordinator embedded
     """
     from flwr_ha.demo.main import run_demo
 
-    raise SystemExit(run_demo(Path.cwd(), rounds=rounds, kills=kill, coordinator=coordinator))
-
-
-def run_example(folder: Path) -> int:
-    """Run a replica that submits the app of `folder` once it leads: the main of ``server_app.py``.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the Flower app; its ``pyproject.toml`` holds the settings unless ``--config`` names others.
-
-    Returns
-    -------
-    int
-        Exit status.
-    """
-    example = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-
-    @example.command()
-    def run(
-        replica_id: Annotated[int, typer.Option("--id", help="Which replica of the settings this process is.")],
-        config: ConfigOption = None,
-        rerun: Annotated[
-            bool, typer.Option("--rerun", help="Submit the app though the cluster has a run of it.")
-        ] = False,
-        run_config: Annotated[
-            str, typer.Option("--run-config", help="Values for the run, as `flwr run --run-config` takes them.")
-        ] = "",
-    ) -> None:
-        """Run one replica; the leader submits this app unless the cluster has a run of it already."""
-        from flwr_ha.superlink.submit import submit
-
-        is_submitted = False
-
-        def when_leading(life: Life) -> bool:
-            nonlocal is_submitted
-            is_again = rerun and not is_submitted
-            is_there = submit(
-                folder, life.database, life.superlink.private_port, is_rerun=is_again, run_config=run_config
-            )
-            is_submitted = is_submitted or is_there
-            return is_there
-
-        named = config or (None if "FLWR_HA_CONFIG" in os.environ else folder / "pyproject.toml")
-        start_replica(load_settings(named), replica_id, when_leading=when_leading)
-
-    return run_guarded(example)
+    raise SystemExit(
+        run_demo(Path.cwd(), rounds=rounds, kills=kill, coordinator=coordinator, config=config, as_json=as_json)
+    )

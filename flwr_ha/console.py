@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -24,7 +26,36 @@ ConfigOption = Annotated[
     typer.Option("--config", help="TOML file with the settings; else FLWR_HA_CONFIG, else ./pyproject.toml."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+JsonLogOption = Annotated[bool, typer.Option("--json", help="Log one JSON object a line.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Print it again every second, until Ctrl-C.")]
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, for programs that collect logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        entry = {"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def log_handler(stream: TextIO, *, as_json: bool) -> logging.Handler:
+    """Return what writes a log for people or for programs."""
+    handler = logging.StreamHandler(stream)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JsonFormatter() if as_json else text)
+    return handler
+
+
+def set_up_logging(*, as_json: bool = False) -> None:
+    """Send the log to standard error, one line an entry; JSON objects for programs."""
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler(sys.stderr, as_json=as_json)])
+    for name in ("httpx", "httpcore", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns ten times a second while ZooKeeper is away, which our own event log says once.
+    logging.getLogger("kazoo").setLevel(logging.ERROR)
 
 
 def run_guarded(act: Callable[[], Any]) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import secrets
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from flwr_ha.config import load_settings, zookeeper_home_from_environment
 from flwr_ha.demo.coordinators import Choice, choose, running
-from flwr_ha.demo.report import count_trainings, problems, report_table
+from flwr_ha.demo.report import count_trainings, problems, report, report_table
 from flwr_ha.demo.screen import Screen
 from flwr_ha.demo.story import DemoFailedError, Story, kill_rounds
 from flwr_ha.errors import ConfigError, HaError
@@ -28,7 +30,9 @@ TAIL_LINES = 20
 PLAIN_WIDTH = 120
 
 
-def run_demo(root: Path, *, rounds: int, kills: int, coordinator: str) -> int:
+def run_demo(
+    root: Path, *, rounds: int, kills: int, coordinator: str, config: Path | None = None, as_json: bool = False
+) -> int:
     """Train the example of `root` on a cluster of this machine while leaders are killed.
 
     Parameters
@@ -41,6 +45,10 @@ def run_demo(root: Path, *, rounds: int, kills: int, coordinator: str) -> int:
         Leaders to kill, 0 to `rounds`.
     coordinator : str
         ``zookeeper``, ``embedded`` or ``auto``.
+    config : Path or None
+        TOML file that names the ZooKeeper to use; None for the ``pyproject.toml`` of `root`.
+    as_json : bool
+        Print the report as JSON on standard output, and all else on standard error.
 
     Returns
     -------
@@ -56,15 +64,19 @@ def run_demo(root: Path, *, rounds: int, kills: int, coordinator: str) -> int:
     if not (root / "server_app.py").is_file():
         raise ConfigError(f"the demo runs the example of the project, but {str(root)!r} has no server_app.py")
     home = zookeeper_home_from_environment()
-    choice = choose(coordinator, load_settings(root / "pyproject.toml"), root=root, home=home)
-    console = Console(highlight=False)
+    choice = choose(coordinator, load_settings(config or root / "pyproject.toml"), root=root, home=home)
+    console = Console(highlight=False, stderr=as_json)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(str(choice), soft_wrap=True)
     with _fresh_folder(root / ".flwr-ha") as folder, _signals() as stop:
         try:
             with running(choice, root=root, folder=folder, home=home) as hosts:
-                return _play(console, stop, _cluster(choice, hosts, root=root, folder=folder), rounds, targets)
+                cluster = _cluster(choice, hosts, root=root, folder=folder)
+                told = _play(console, stop, cluster, rounds, targets)
+            if as_json:
+                print(json.dumps(told, indent=2), flush=True)
+            return DONE
         except KeyboardInterrupt:
             console.print(f"interrupted; all processes are ended, their logs are in {folder}", soft_wrap=True)
             return INTERRUPTED
@@ -85,7 +97,10 @@ def _cluster(choice: Choice, hosts: str, *, root: Path, folder: Path) -> LocalCl
     return LocalCluster(folder, plan)
 
 
-def _play(console: Console, stop: threading.Event, cluster: LocalCluster, rounds: int, targets: tuple[int, ...]) -> int:
+def _play(
+    console: Console, stop: threading.Event, cluster: LocalCluster, rounds: int, targets: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return the report; DemoFailedError where something is not as promised."""
     with cluster, Screen(console) as screen:
         story = Story(cluster, screen, stop, rounds=rounds, targets=targets)
         run = story.play()
@@ -96,11 +111,12 @@ def _play(console: Console, stop: threading.Event, cluster: LocalCluster, rounds
     if len(story.kills) < len(targets):
         found.append(f"only {len(story.kills)} of {len(targets)} leaders could be killed: the rounds were too short")
     trainings = count_trainings(logs, rounds=rounds)
-    console.print(report_table(run, commits, story.kills, trainings, elapsed_s=elapsed_s))
+    told = report(run, commits, story.kills, trainings, elapsed_s=elapsed_s)
+    console.print(report_table(told))
     console.print(f"logs and data: {cluster.folder}", soft_wrap=True)
     if found:
         raise DemoFailedError("; ".join(found), _app_log(cluster))
-    return DONE
+    return told
 
 
 def _app_log(cluster: LocalCluster) -> Path | None:

@@ -102,30 +102,58 @@ def problems(run: Mapping[str, Any], commits: Sequence[Mapping[str, Any]], kills
     return found
 
 
-def report_table(
+def report(
     run: Mapping[str, Any],
     commits: Sequence[Mapping[str, Any]],
     kills: Sequence[Kill],
     trainings: Trainings,
     *,
     elapsed_s: float,
-) -> Table:
-    """Return the closing report."""
-    metrics = run["metrics"].get(str(run["server_round"]), {})
+) -> dict[str, Any]:
+    """Return the closing report as a JSON object."""
+    return {
+        "run_id": run["run_id"],
+        "server_round": run["server_round"],
+        "num_rounds": run["num_rounds"],
+        "metrics": run["metrics"].get(str(run["server_round"]), {}),
+        "model_digest": run["checkpoint"]["model_digest"] if run["checkpoint"] else None,
+        "kills": [
+            {
+                "replica": kill.replica_id,
+                "server_round": kill.server_round,
+                "seconds_without_leader": (kill.served_s or kill.at_s) - kill.at_s,
+                "seconds_without_training": kill.pause_s,
+            }
+            for kill in kills
+        ],
+        "rounds_lost": list(lost_rounds(commits, kills)),
+        "trainings": {
+            "needed": trainings.needed,
+            "repeated": trainings.repeated,
+            "answered_from_cache": trainings.replayed,
+        },
+        "seconds": elapsed_s,
+    }
+
+
+def report_table(told: Mapping[str, Any]) -> Table:
+    """Return the closing report as a table."""
     table = Table(title="Report", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("rounds", f"{run['server_round']} of {run['num_rounds']}, run {run['run_id']} throughout")
-    if "accuracy" in metrics:
-        table.add_row("accuracy on held-out digits", f"{metrics['accuracy']:.4f}")
-    table.add_row("leaders killed with -9", str(len(kills)))
-    for number, kill in enumerate(kills, 1):
-        serving = f"another leader after {(kill.served_s or kill.at_s) - kill.at_s:.1f} s"
-        what = f"replica {kill.replica_id} in round {kill.server_round}; {serving}"
-        table.add_row(f"seconds without training, kill {number}", f"{kill.pause_s:.1f} ({what})")
-    table.add_row("rounds lost", str(len(lost_rounds(commits, kills))))
-    replays = f" ({trainings.replayed} requests were answered from the clients' cache)" if trainings.replayed else ""
-    table.add_row("trainings repeated", f"{trainings.repeated} of {trainings.needed}{replays}")
-    table.add_row("model digest", run["checkpoint"]["model_digest"] if run["checkpoint"] else "-")
-    table.add_row("seconds in all", f"{elapsed_s:.0f}")
+    table.add_row("rounds", f"{told['server_round']} of {told['num_rounds']}, run {told['run_id']} throughout")
+    if "accuracy" in told["metrics"]:
+        table.add_row("accuracy on held-out digits", f"{told['metrics']['accuracy']:.4f}")
+    table.add_row("leaders killed with -9", str(len(told["kills"])))
+    for number, kill in enumerate(told["kills"], 1):
+        serving = f"another leader after {kill['seconds_without_leader']:.1f} s"
+        what = f"replica {kill['replica']} in round {kill['server_round']}; {serving}"
+        table.add_row(f"seconds without training, kill {number}", f"{kill['seconds_without_training']:.1f} ({what})")
+    table.add_row("rounds lost", str(len(told["rounds_lost"])))
+    trainings = told["trainings"]
+    cached = trainings["answered_from_cache"]
+    replays = f" ({cached} requests were answered from the clients' cache)" if cached else ""
+    table.add_row("trainings repeated", f"{trainings['repeated']} of {trainings['needed']}{replays}")
+    table.add_row("model digest", told["model_digest"] or "-")
+    table.add_row("seconds in all", f"{told['seconds']:.0f}")
     return table

@@ -1,5 +1,6 @@
 """``make demo``, as a user runs it: in the project's folder, until its end or Ctrl-C."""
 
+import json
 import os
 import secrets
 import shutil
@@ -66,7 +67,7 @@ class Demo:
 @pytest.mark.parametrize(("coordinator", "rounds"), [("embedded", 2), pytest.param("auto", 3, marks=pytest.mark.long)])
 def test_demo_survives_the_kill_and_reports_it(tmp_path, coordinator, rounds):
     """The leader is killed in the middle; all rounds are there at the end, and no process is left."""
-    demo = Demo(tmp_path, "--rounds", str(rounds), "--kill", "1", "--coordinator", coordinator)
+    demo = Demo(tmp_path, "--rounds", str(rounds), "--kill", "1", "--coordinator", coordinator, "--json")
     try:
         status = demo.process.wait(800)
         output = demo.output()
@@ -79,7 +80,9 @@ def test_demo_survives_the_kill_and_reports_it(tmp_path, coordinator, rounds):
         assert report["rounds lost"] == "0"
         assert report["trainings repeated"].startswith("0 of")
         assert float(report["seconds without training, kill 1"].split()[0]) > 0
-        assert report["model digest"].startswith("sha256:")
+        told = json.loads(output[output.rindex("\n{\n") :])  # standard output, behind what went to standard error
+        assert report["model digest"] == told["model_digest"]
+        assert (told["server_round"], told["rounds_lost"], told["trainings"]["repeated"]) == (rounds, [], 0)
         assert demo.left() == []
     finally:
         demo.close()

@@ -1,8 +1,11 @@
 """The command line, with a cluster that is a fake."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,14 @@ def test_switchover_that_another_replica_has_won_is_status_1(run):
     assert err.strip() == "flwr-ha: replica 0 leads in term 2, not replica 1: `flwr-ha history`"
 
 
+def test_switchover_that_the_old_leader_has_won_is_status_1(run):
+    """Whoever asks for any standby wants the old leader not to lead."""
+    status, out, err = run("switchover")
+    assert status == 1
+    assert out == ""
+    assert err.strip() == "flwr-ha: replica 0 leads again in term 2: `flwr-ha history`"
+
+
 def test_refused_switchover_is_one_sentence_and_status_1(run):
     """The cluster's own reason reaches the user."""
     status, out, err = run("switchover", "--candidate", "9")
@@ -213,4 +224,30 @@ def test_help_of_each_command_has_an_example(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["flwr-ha", *command.split(), "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
-    assert f"Example: flwr-ha {command}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Example: flwr-ha {command}" in out
+    assert {"--config", "--json"} <= set(out.split())
+
+
+def test_certificates_are_listed_for_programs(run, tmp_path):
+    """The text for people holds lines to copy, which a script does not want."""
+    status, out, _ = run("certs", str(tmp_path / "certs"), "--json")
+    assert status == 0
+    assert {Path(path).name for path in json.loads(out)} >= {"ca.crt", "server.crt", "server.key"}
+
+
+def test_log_for_programs_is_one_json_object_a_line():
+    """Line breaks and tracebacks stay within an entry."""
+    stream = StringIO()
+    logger = logging.Logger("flwr_ha.test")
+    logger.addHandler(console.log_handler(stream, as_json=True))
+    logger.warning("two\n%s", "lines")
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logger.exception("it failed")
+
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (first["level"], first["logger"], first["message"]) == ("WARNING", "flwr_ha.test", "two\nlines")
+    assert datetime.fromisoformat(first["at"]).utcoffset() == timedelta(0)
+    assert "ValueError: why" in second["traceback"]

@@ -1,5 +1,6 @@
 """The demo's decisions and figures, without processes."""
 
+import json
 from io import StringIO
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from flwr_ha.config import parse_settings
 from flwr_ha.demo import coordinators
 from flwr_ha.demo.coordinators import Source, choose
-from flwr_ha.demo.report import Kill, Trainings, count_trainings, lost_rounds, problems, report_table
+from flwr_ha.demo.report import Kill, Trainings, count_trainings, lost_rounds, problems, report, report_table
 from flwr_ha.demo.screen import Screen, changes, picture, state_line
 from flwr_ha.demo.story import kill_rounds
 from flwr_ha.errors import ConfigError
@@ -190,13 +191,17 @@ def test_report_holds_the_figures():
     """Rounds, accuracy, the pause of each kill, nothing lost."""
     console = Console(record=True, width=120, force_terminal=False)
     trainings = Trainings(real=41, replayed=3, needed=40)
-    console.print(report_table(FINISHED, commits(*range(1, 9)), [kill()], trainings, elapsed_s=123.4))
+    told = report(FINISHED, commits(*range(1, 9)), [kill()], trainings, elapsed_s=123.4)
+    console.print(report_table(told))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     values = {row[0]: row[1] for row in rows if len(row) == 2}
     assert values["accuracy on held-out digits"] == "0.9700"
     assert values["seconds without training, kill 1"].startswith("7.2 (replica 0 in round 4")
     assert values["rounds lost"] == "0"
     assert values["trainings repeated"].startswith("1 of 40")
+    assert json.loads(json.dumps(told))["kills"] == [
+        {"replica": 0, "server_round": 4, "seconds_without_leader": 4.5, "seconds_without_training": 7.25}
+    ]
 
 
 LOG = """
