@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from flwr_ha.coordination.ledger import Ledger
 from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Store, Versioned
 from flwr_ha.coordination.values import (
+    HISTORY,
     IDENTITY,
     LEADER,
     PAUSED,
@@ -39,6 +40,7 @@ __all__ = ["Coordinator", "LeaderRecord", "Leadership", "Record", "Switchover", 
 
 POLL_S = 0.1
 CAMPAIGN_ATTEMPTS = 3
+KEPT_CHANGES = 1000
 
 
 class Coordinator(Ledger):
@@ -190,6 +192,15 @@ class Coordinator(Ledger):
             return
         if int(newest.data) == term:
             self.resign(Leadership(term=term, term_version=newest.version, instance=self._instance))
+
+    def forget_history(self, term: int) -> None:
+        """Remove the leadership changes that are older than the newest `KEPT_CHANGES`, `term` being the last."""
+        for name in self._store.children(HISTORY):
+            if int(name) <= term - KEPT_CHANGES:
+                try:
+                    self._store.transact([Delete(f"{HISTORY}/{name}")])
+                except ConflictError:
+                    continue  # somebody else did it
 
     def set_paused(self, is_paused: bool) -> None:
         """Switch automatic failover off or on, for the whole cluster."""

@@ -263,6 +263,14 @@ class ZooKeeperStore:
         while not self._stop.wait(self._session_timeout_s * KEEP_ALIVE):
             with suppress(CoordinationError, KazooException):
                 self._call(lambda: self._client.exists_async(self._root or "/"))
+            self._revive()
+
+    def _revive(self) -> None:
+        """Start kazoo again where its thread has ended: by an error that it did not foresee, or refused credentials."""
+        if self._client._connection.connection_stopped.is_set() and not self._stop.is_set():
+            LOGGER.warning("kazoo has given up, it is started again")
+            with suppress(KazooException, OSError):
+                self._client.start_async()
 
     def _on_event(self, _event: Any) -> None:
         self._on_change()

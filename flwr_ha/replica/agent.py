@@ -151,6 +151,7 @@ class Agent:
                 self._start_superlink_if_due()
         finally:
             self._end_superlink()
+            self.tools.storage.close()  # a takeover may be in the middle of a big checkpoint
             self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _next_event(self) -> Event:
@@ -219,6 +220,10 @@ class Agent:
         reach("takeover.elected")
         self.tools.events.add("elected", f"term {leadership.term}: {reason}", term=leadership.term)
         self.post(Elected(leadership.term, self._proven_until(before_s)))
+        try:
+            coordinator.forget_history(leadership.term)
+        except HaError as error:
+            log.debug("the history is shortened at the next election: %s", error)
 
     def _take_over(self, term: int) -> None:
         office, life = self.office, self.life

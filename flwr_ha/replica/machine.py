@@ -44,6 +44,8 @@ from flwr_ha.replica.messages import (
     TookOver,
 )
 
+_MOST_FAILURES = 16  # counted: the state space stays finite
+
 
 class ImpossibleEventError(HaError):
     """An event that cannot happen in this state: a bug of ours, report it with the message."""
@@ -66,7 +68,9 @@ class Timing:
     Attributes
     ----------
     rest_s : float
-        How long a replica that could not take over lets the others try.
+        How long a replica that could not take over lets the others try; twice as long each further time.
+    longest_rest_s : float
+        The most of that.
     defer_s : float
         How long the others wait for the candidate of a switchover.
     drain_s : float
@@ -74,6 +78,7 @@ class Timing:
     """
 
     rest_s: float = 3.0
+    longest_rest_s: float = 30.0
     defer_s: float = 3.0
     drain_s: float = 600.0
 
@@ -119,6 +124,8 @@ class MachineState:
         Why it must not lead, such as a full disk; empty where it may.
     rest_until_s : float
         Monotonic time before which it does not campaign.
+    failed_takeovers : int
+        In a row.
     leaderless_since_s : float or None
         Monotonic time at which it first saw that nobody leads.
     drain : Drain or None
@@ -133,6 +140,7 @@ class MachineState:
     is_stopping: bool = False
     unfit: str = ""
     rest_until_s: float = 0.0
+    failed_takeovers: int = 0
     leaderless_since_s: float | None = None
     drain: Drain | None = None
 
@@ -261,10 +269,12 @@ def _in_office(
         return state, ()  # about a leadership that is over
     match event:
         case TookOver():
-            return replace(state, phase=Phase.LEADING), ()
+            return replace(state, phase=Phase.LEADING, failed_takeovers=0), ()
         case TakeoverFailed(reason=reason):
             down, actions = _stand_down(state, reason)
-            return replace(down, rest_until_s=now_s + timing.rest_s), actions
+            failures = min(state.failed_takeovers + 1, _MOST_FAILURES)
+            rest_s = min(timing.rest_s * 2 ** (failures - 1), timing.longest_rest_s)
+            return replace(down, rest_until_s=now_s + rest_s, failed_takeovers=failures), actions
         case Fenced(reason=reason):
             return _stand_down(state, reason)
         case Renewed(lease_until_s=until_s):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -82,6 +83,7 @@ class ObjectStorage:
             self._objects = Folder(BlobStore(Path(url.removeprefix(_FILE))))
         else:
             self._objects = Bucket(*open_file_system(url, options or {}))
+        self._is_closed = threading.Event()
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="object-storage")
 
     def __enter__(self) -> Self:
@@ -91,8 +93,9 @@ class ObjectStorage:
         self.close()
 
     def close(self) -> None:
-        """Start nothing more; may be called twice."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End what is under way soon, from any thread; may be called twice."""
+        self._is_closed.set()
+        self._pool.shutdown(wait=False)  # what waits begins, and fails: its caller waits for it
 
     def protect(self, digests: Sequence[str], *, needed: int = 0, timeout_s: float) -> tuple[int, ...]:
         """Store the blobs; return no ids, since no replica is needed for their safety.
@@ -197,12 +200,19 @@ class ObjectStorage:
     def _chunks(self, digest: str) -> Iterator[bytes]:
         chunks = self._objects.chunks(digest)
         while chunk := self._explained(f"read {digest}", lambda: next(chunks, b"")):
+            self._check_is_open()
             yield chunk
 
     def _each(self, task: Callable[[str], None], digests: Sequence[str], timeout_s: float) -> None:
         for digest in digests:
             validate_digest(digest)
-        futures = [self._pool.submit(task, digest) for digest in dict.fromkeys(digests)]
+        self._check_is_open()
+
+        def act(digest: str) -> None:
+            self._check_is_open()
+            task(digest)
+
+        futures = [self._pool.submit(act, digest) for digest in dict.fromkeys(digests)]
         done, missing = wait(futures, timeout_s)
         for future in missing:
             future.cancel()
@@ -210,6 +220,10 @@ class ObjectStorage:
             future.result()
         if missing:
             raise CheckpointError(f"{self._url} has not answered within {timeout_s:g} s")
+
+    def _check_is_open(self) -> None:
+        if self._is_closed.is_set():
+            raise CheckpointError(f"{self._url} is not used any more: the replica ends")
 
     def _explained(self, what: str, call: Callable[[], _T]) -> _T:
         return _explained(what, self._url, call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
 from typing import Self
@@ -64,6 +64,8 @@ class Replicator:
         self._changed = threading.Condition()
         self._lanes: dict[tuple[Peer, str], Lane] = {}
         self._retired: list[Lane] = []
+        self._fetching: set[PeerClient] = set()
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -78,8 +80,10 @@ class Replicator:
             self._retire_lanes(self._current_peers())
 
     def close(self) -> None:
-        """End all pushes and their threads; may be called twice."""
+        """End all pushes, their threads and all fetches, from any thread; may be called twice."""
         with self._changed:
+            self._is_closed = True
+            _abort(self._fetching)
             self._retire_lanes(())
             retired, self._retired = self._retired, []
         deadline_s = time.monotonic() + _JOIN_S
@@ -164,7 +168,10 @@ class Replicator:
         if not missing:
             return
         with self._changed:
+            if self._is_closed:
+                raise CheckpointError("nothing is fetched any more: the replica ends")
             clients = [self._connect(peer) for peer in self._current_peers()]
+            self._fetching.update(clients)
         timer = threading.Timer(timeout_s, _abort, (clients,))
         timer.name = "replication-fetch-deadline"
         timer.start()
@@ -173,6 +180,8 @@ class Replicator:
         finally:
             timer.cancel()
             timer.join()
+            with self._changed:
+                self._fetching.difference_update(clients)
             for client in clients:
                 client.close()
 
@@ -231,7 +240,7 @@ class Replicator:
         return tuple(self._peers() if callable(self._peers) else self._peers)
 
     def _lanes_now(self, kind: str) -> list[Lane]:
-        peers = self._current_peers()
+        peers = () if self._is_closed else self._current_peers()
         self._retire_lanes(peers)
         lanes = []
         for peer in peers:
@@ -263,6 +272,6 @@ def _held_by(client: PeerClient, digests: Sequence[str]) -> frozenset[str]:
     return frozenset(digest for digest in digests if client.has(digest))
 
 
-def _abort(clients: Sequence[PeerClient]) -> None:
+def _abort(clients: Iterable[PeerClient]) -> None:
     for client in clients:
         client.abort()

@@ -16,6 +16,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import socket
 import sqlite3
 import ssl
@@ -36,6 +37,7 @@ from flwr_ha.superlink.tether import die_with_parent
 from flwr_ha.superlink.watch import unsigned
 
 logger = logging.getLogger(__name__)
+_FILES = 65_536
 
 
 class Channel:
@@ -192,10 +194,19 @@ async def _serve(settings: dict[str, Any]) -> None:
     await Child(settings).serve()
 
 
+def _raise_file_limit() -> None:
+    """Allow a connection for each of thousands of SuperNodes: shells give 1,024 files, and may give more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """Run the child until its agent goes away."""
     settings = json.loads(sys.argv[1])
     die_with_parent(settings["agent_pid"])
+    _raise_file_limit()
     handler = logging.StreamHandler()  # to the log file, beside what Flower writes there
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("flwr_ha").addHandler(handler)

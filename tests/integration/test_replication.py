@@ -636,6 +636,28 @@ def test_threads_have_names_and_end(servers, own, stack):
     assert not [t.name for t in threading.enumerate() if t.name.startswith("replication")]
 
 
+def test_closing_ends_a_fetch_that_hangs(servers, own, stack):
+    """A replica that is stopped while it takes over does not wait ten minutes for a big checkpoint."""
+    digest = servers[0].store.put(os.urandom(9_000_000))
+    proxy = stack.enter_context(Proxy(servers[0], [Fault("hold", 100_000, is_answer=True)] * 9))
+    replicator = stack.enter_context(
+        Replicator(own, [Peer(1, f"127.0.0.1:{proxy.port}")], secret=SECRET, timeout_s=LIMIT_S)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        fetch = pool.submit(replicator.fetch, [digest], timeout_s=600.0)
+        assert proxy.is_holding.wait(LIMIT_S)
+        start_s = time.monotonic()
+        replicator.close()
+        with pytest.raises(CheckpointError, match="given up"):
+            fetch.result(LIMIT_S)
+    assert time.monotonic() - start_s < LIMIT_S / 3
+    with pytest.raises(CheckpointError, match="the replica ends"):
+        replicator.fetch([digest], timeout_s=LIMIT_S)
+    with pytest.raises(NoMajorityError):
+        replicator.protect([own.put(b"late")], needed=1, timeout_s=LIMIT_S)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("replication")]
+
+
 # Getting blobs back
 
 

@@ -53,7 +53,9 @@ def test_killed_serverapp_fails_after_its_restarts(cluster: LocalCluster) -> Non
 
 def test_killed_once_it_goes_on(cluster: LocalCluster) -> None:
     """Killed from outside, once: it starts again under the same run id and ends well."""
-    run_id = cluster.submit(APPS / "sleeper", seconds=5.0)
+    run_id = cluster.submit(
+        APPS / "sleeper", seconds=20.0
+    )  # much longer than its log takes to be seen on a busy machine
     wait_until(
         lambda: "the sleeper sleeps" in cluster.flwr("log", run_id, "ha", "--show"),
         timeout_s=60.0,

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -22,6 +23,7 @@ import httpx
 import pytest
 
 from flwr_ha.errors import ConfigError, HaError
+from flwr_ha.local.zookeeper import free_ports
 from flwr_ha.superlink import events, linkstate, procfs
 from flwr_ha.superlink.process import SuperLinkProcess
 from flwr_ha.superlink.settings import SuperLinkSettings, TlsFiles
@@ -120,8 +122,7 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def public(tmp_path: Path) -> str:
     """Choose the public address that the replicas of this test share, and tell Flower's command line about it."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     home = tmp_path / "flwr-home"
     home.mkdir()
     (home / "config.toml").write_text(
@@ -150,8 +151,7 @@ def supernode(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes
     started: list[subprocess.Popen[bytes]] = []
 
     def start(address: str) -> subprocess.Popen[bytes]:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         command = [str(BIN / "flower-supernode"), "--insecure", "--superlink", address, "--port", str(port)]
         with (tmp_path / f"supernode-{len(started)}.log").open("wb") as log:
             environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
@@ -188,6 +188,20 @@ def test_standby_refuses_the_public(replicas: Callable[..., Replica], public: st
 
     replica.lead(public)
     assert httpx.get(f"http://{public}/health").status_code == 200
+
+
+def test_child_has_room_for_thousands_of_supernodes(replicas: Callable[..., Replica]) -> None:
+    """A shell allows 1,024 files, and more to who asks; each SuperNode that waits for work has a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        replica = replicas()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    wait_until(lambda: replica.seen(events.ChildReady))
+    lines = Path(f"/proc/{replica.process.pid}/limits").read_text(encoding="ascii").splitlines()
+    (allowed,) = [int(line.split()[3]) for line in lines if line.startswith("Max open files")]
+    assert allowed == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
 
 
 def test_address_of_another_machine_is_a_clear_error(replicas: Callable[..., Replica]) -> None:

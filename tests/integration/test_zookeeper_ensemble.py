@@ -16,6 +16,7 @@ from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.protocol import Check, Create, Operation, Set
 from flwr_ha.coordination.zookeeper import ZooKeeperStore
 from flwr_ha.errors import ConfigError, CoordinationError
+from flwr_ha.local.processes import wait_until
 from flwr_ha.local.zookeeper import LocalEnsemble, free_ports, node_mode
 from flwr_ha.model import Head, Position
 
@@ -299,3 +300,34 @@ def is_alive(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_store_works_again_after_kazoo_has_given_up(
+    stores: list[ZooKeeperStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread ends with what it does not foresee; a replica whose store stays dead would be dead as well."""
+    store = stores[0]
+    store.transact([Create("a", b"1"), Create("own", b"1", is_ephemeral=True)])
+    connection = store._client._connection
+
+    def break_off(*_: object) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("xids do not match")
+
+    monkeypatch.setattr(connection, "_read_socket", break_off)
+    with pytest.raises(CoordinationError):
+        store.get("a")
+    assert connection.connection_stopped.wait(10)
+
+    def value() -> bytes | None:
+        try:
+            found = store.get("a")
+        except CoordinationError:
+            return None
+        return None if found is None else found.data
+
+    assert wait_until(value, timeout_s=3 * SESSION_TIMEOUT_S, what="the store works again", poll_s=0.05) == b"1"
+    assert stores[1].get("a") is not None
+    wait_until(lambda: stores[1].get("own") is None, timeout_s=3 * SESSION_TIMEOUT_S, what="the old session's end")
+    store.transact([Create("own", b"2", is_ephemeral=True)])

@@ -14,9 +14,10 @@ import pytest
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.memory import MemoryStore, MemoryTree
 from flwr_ha.coordination.protocol import Operation
-from flwr_ha.errors import CoordinationError
+from flwr_ha.errors import CheckpointError, CoordinationError
 from flwr_ha.local.processes import wait_until
 from flwr_ha.replica.agent import LONGEST_PAUSE_S, Agent, Life
+from flwr_ha.replica.duties import Duties
 from flwr_ha.replica.machine import Phase, Timing
 from flwr_ha.replica.messages import Seen, StartSuperLink, StopAsked, SuperLinkReady
 
@@ -35,7 +36,11 @@ class SilentAfterTransaction(MemoryStore):
 def make_agent(store: MemoryStore, coordinator: Coordinator) -> Agent:
     """Return the agent of replica 1, not started."""
     superlink = SimpleNamespace(start=lambda: None, close=lambda: None, set_lease=lambda until_s: None)
-    tools = SimpleNamespace(coordinator=coordinator, events=SimpleNamespace(add=lambda *args, **fields: None))
+    tools = SimpleNamespace(
+        coordinator=coordinator,
+        events=SimpleNamespace(add=lambda *args, **fields: None),
+        storage=SimpleNamespace(close=lambda: None),
+    )
     return Agent(
         cast(Any, SimpleNamespace(id=1, address="127.0.0.1:8000")),
         cast(Any, tools),
@@ -101,6 +106,34 @@ def test_campaign_that_fails_in_an_unforeseen_way_is_over(monkeypatch: pytest.Mo
     agent.post(StopAsked("the test ends"))
     thread.join(5.0)
     assert not thread.is_alive()
+
+
+def test_stop_does_not_wait_for_the_checkpoint_that_a_takeover_fetches() -> None:
+    """It may be gigabytes, or a peer that answers no more."""
+    store = MemoryTree().store()
+    store.start(lambda: None, timeout_s=1.0)
+    coordinator = Coordinator(store, replica_id=1, instance="this start")
+    agent = make_agent(store, coordinator)
+    is_fetching, is_closed = threading.Event(), threading.Event()
+
+    def fetch(*_: object) -> None:
+        is_fetching.set()
+        assert is_closed.wait(60.0)
+        raise CheckpointError("the transfer was given up")
+
+    agent.tools = cast(Any, SimpleNamespace(**{**vars(agent.tools), "storage": SimpleNamespace(close=is_closed.set)}))
+    agent.list_stale = tuple
+    thread = threading.Thread(target=agent.run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Duties, "take_over", fetch)
+        thread.start()
+        agent.post(SuperLinkReady())
+        agent.post(seen(coordinator))
+        assert is_fetching.wait(5.0)
+        agent.post(StopAsked("the test ends"))
+        thread.join(5.0)
+    assert not thread.is_alive()
+    assert coordinator.leader() is None
 
 
 def test_superlink_that_does_not_start_for_days_is_still_tried_again() -> None:

@@ -31,7 +31,7 @@ from flwr_ha.replica.messages import (
     TookOver,
 )
 
-TIMING = Timing(rest_s=3.0, defer_s=3.0, drain_s=600.0)
+TIMING = Timing(rest_s=3.0, longest_rest_s=10.0, defer_s=3.0, drain_s=600.0)
 NOBODY = Seen(leader=None, term=3)
 ELECTION = (SuperLinkReady(), NOBODY, Elected(4, 10.0))
 RUNS = frozenset({"17", "18"})
@@ -152,6 +152,23 @@ def test_replica_that_could_not_take_over_lets_the_others_try() -> None:
     trace = Trace(*ELECTION, TakeoverFailed(4, "no copy"), SuperLinkReady())
     assert trace.feed(NOBODY, now_s=2.9) == []
     assert trace.kinds(NOBODY, now_s=3.0) == [Campaign]
+
+
+def test_replica_that_never_can_take_over_tries_more_and_more_seldom() -> None:
+    """Each election is an entry in the coordinator and a pause for who else could lead; a success starts anew."""
+    trace, term, now_s, rests = Trace(SuperLinkReady()), 3, 0.0, []
+    for _ in range(50):
+        began_s = now_s
+        while trace.kinds(Seen(leader=None, term=term), now_s=now_s) != [Campaign]:
+            now_s += 0.5
+        rests.append(now_s - began_s)
+        term += 1
+        trace.feed(Elected(term, now_s + 10.0), TakeoverFailed(term, "no copy"), SuperLinkReady(), now_s=now_s)
+    assert rests == [0.0, 3.0, 6.0, *[10.0] * 47]
+
+    now_s += 10.0
+    trace.feed(Seen(leader=None, term=term), Elected(term + 1, now_s + 10.0), TookOver(term + 1), now_s=now_s)
+    assert trace.state.failed_takeovers == 0
 
 
 def test_own_entry_that_nobody_wants_any_more_is_withdrawn() -> None:

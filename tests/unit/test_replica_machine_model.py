@@ -34,7 +34,7 @@ from flwr_ha.replica.messages import (
 )
 
 LEASE_S, SESSION_S = 3.0, 4.0
-TIMING = Timing(rest_s=3.0, defer_s=3.0, drain_s=30.0)
+TIMING = Timing(rest_s=3.0, longest_rest_s=10.0, defer_s=3.0, drain_s=30.0)
 REPLICAS = st.integers(0, 2)
 
 
@@ -304,7 +304,7 @@ def _campaigns_soon(state: MachineState, now_s: float, term: int) -> bool:
         state, actions = step(state, Seen(leader=None, term=term), now_s=now_s, timing=TIMING)
         if any(isinstance(action, Campaign) for action in actions):
             return True
-        now_s += max(TIMING.rest_s, TIMING.defer_s)
+        now_s += max(TIMING.longest_rest_s, TIMING.defer_s)
     return False
 
 

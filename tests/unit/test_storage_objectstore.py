@@ -1,9 +1,12 @@
 """A durable store of others takes the place of the majority."""
 
 import hashlib
+import itertools
 import os
 import secrets
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import fsspec
@@ -38,6 +41,33 @@ def s3():
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+def test_closing_ends_a_fetch_that_takes_long(own, other, tmp_path, monkeypatch):
+    """A replica that is stopped while it takes over does not wait for gigabytes."""
+    url = f"file://{tmp_path / 'shared'}"
+    digest = other.put(os.urandom(5_000_000))
+    second = other.put(b"second")
+    ObjectStorage(url, other).protect([digest, second], timeout_s=LIMIT_S)
+    storage = ObjectStorage(url, own)
+    is_reading, chunks = threading.Event(), storage._objects.chunks
+
+    def endless(name):
+        for chunk in itertools.cycle(chunks(name)):
+            is_reading.set()
+            time.sleep(0.001)
+            yield chunk
+
+    monkeypatch.setattr(storage._objects, "chunks", endless)
+    with ThreadPoolExecutor(1) as pool:
+        fetch = pool.submit(storage.fetch, [digest, second], timeout_s=600.0)
+        assert is_reading.wait(LIMIT_S)
+        storage.close()
+        with pytest.raises(CheckpointError, match="the replica ends"):
+            fetch.result(LIMIT_S)
+    with pytest.raises(CheckpointError, match="the replica ends"):
+        storage.fetch([digest], timeout_s=LIMIT_S)
+    assert own.digests() == ()
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
