@@ -10,7 +10,7 @@ from flwr_ha.model import Head, ReplicaState, Role, RunState, RunStatus
 from flwr_ha.settings import Settings
 
 CommitLogs = Mapping[str, Sequence[Head]]
-MAX_METRICS = 1000
+FULL_RUNS = 50
 
 
 def cluster_json(settings: Settings, view: View, logs: CommitLogs) -> dict[str, Any]:
@@ -23,23 +23,27 @@ def cluster_json(settings: Settings, view: View, logs: CommitLogs) -> dict[str, 
     view : View
         What the coordinator holds.
     logs : mapping
-        Commit log of each run, oldest first.
+        Newest commits of each run, oldest first.
 
     Returns
     -------
     dict
-        The JSON object of the contract.
+        The JSON object of the contract. The newest `FULL_RUNS` runs have the metrics of all these commits, older
+        ones those of the last.
     """
     leader = view.leader.replica_id if view.leader is not None else None
     listed = statuses(view, leader)
     runs = {run_id: listed.get(run_id) or _unlisted(run_id, view, leader) for run_id in _run_ids(view, listed)}
+    full = frozenset(list(runs)[-FULL_RUNS:])  # what is asked for each second must not grow with the past
     return {
         "cluster": settings.cluster,
         "term": view.term,
         "leader": leader,
         "paused": view.is_paused,
         "replicas": [_replica(replica.id, settings, view, leader) for replica in settings.replicas],
-        "runs": [_run(status, view, logs.get(run_id, ())) for run_id, status in runs.items()],
+        "runs": [
+            _run(status, view, logs.get(run_id, ())[0 if run_id in full else -1 :]) for run_id, status in runs.items()
+        ],
     }
 
 
@@ -90,7 +94,7 @@ def _run(status: RunStatus, view: View, commits: Sequence[Head]) -> dict[str, An
         "nodes_online": status.nodes_online,
         "min_nodes": status.min_nodes,
         "checkpoint": None if head is None else _checkpoint(head, view),
-        "metrics": {str(entry.position.server_round): dict(entry.metrics) for entry in commits[-MAX_METRICS:]},
+        "metrics": {str(entry.position.server_round): dict(entry.metrics) for entry in commits},
     }
 
 

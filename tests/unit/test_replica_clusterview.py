@@ -193,6 +193,19 @@ def test_runs_are_shown_oldest_first() -> None:
     assert [run["run_id"] for run in cluster_json(SETTINGS, view, {})["runs"]] == ["4", "2", "3", "1"]
 
 
+def test_answer_grows_little_with_the_runs_of_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dashboard asks once a second: metrics of all rounds are there for the newest runs."""
+    monkeypatch.setattr("flwr_ha.replica.clusterview.FULL_RUNS", 1)
+    heads = {
+        run_id: replace(head(3), run_id=run_id, committed_at=f"2026-11-24T03:00:0{at}Z")
+        for run_id, at in (("1", 1), ("2", 2))
+    }
+    logs = {run_id: tuple(replace(head(n), run_id=run_id) for n in (1, 2, 3)) for run_id in heads}
+    first, second = cluster_json(SETTINGS, View(term=3, heads=heads), logs)["runs"]
+    assert first["metrics"] == {"3": {"accuracy": 0.3}}
+    assert set(second["metrics"]) == {"1", "2", "3"}
+
+
 def test_replica_that_has_not_looked_yet_counts_as_the_commit_said() -> None:
     """Right after a commit the records are older than the head: they do not say that the copies are gone."""
     copies = head(3).copies

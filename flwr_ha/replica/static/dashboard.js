@@ -11,7 +11,7 @@ const SHOWN_EVENTS = 200;
 const GROUPS = {
   leadership: ["role", "elected", "leading", "stand-down", "stop", "start", "pause", "resume"],
   training: ["commit", "run-waits", "run-goes-on", "reply-replayed", "serverapp-died", "repaired"],
-  problems: ["reply-rejected", "not-committed", "copy-missing", "error", "coordinator", "serverapp-died"],
+  problems: ["reply-rejected", "not-committed", "copy-corrupt", "error", "coordinator", "serverapp-died"],
 };
 const EVENT_TONES = { commit: "good", leading: "busy", elected: "busy", error: "bad", "run-waits": "warn", "stand-down": "warn", pause: "warn" };
 
@@ -31,10 +31,11 @@ async function update() {
   }
   showSource("live", `live from ${new URL(source.current).host}`);
   if (cluster.leader !== null) lastSeen.set(cluster.term, Date.now());
-  await Promise.allSettled([readHistory(cluster), ...cluster.runs.map(readCommits)]);
+  const { shown, earlier } = chooseRuns(cluster);
+  await Promise.allSettled([readHistory(cluster), ...shown.map(readCommits)]);
   const events = source.newestEvents();
   showSummary(cluster);
-  const shown = showRuns(cluster);
+  showRuns(shown, earlier);
   showReplicas(cluster);
   showEvents(events);
   const runs = shown.map((run) => ({ ...run, commits: commits.get(run.run_id)?.log ?? [], isOver: isOver(run) }));
@@ -68,7 +69,7 @@ function showSummary(cluster) {
   const last = history.at(-1);
   setText(byId("since"), leader === null ? "a standby takes over soon" : last ? `since ${clock(last.at)} (${ago(last.at)})` : "");
   setText(byId("term"), String(cluster.term));
-  const takeovers = Math.max(0, history.length - 1);
+  const takeovers = Math.max(0, cluster.term - 1);
   setText(byId("takeovers"), `${takeovers} takeover${takeovers === 1 ? "" : "s"}`);
   const running = replicas.filter((replica) => replica.state === "running").length;
   setText(byId("running"), `${running} / ${replicas.length}`);
@@ -98,11 +99,15 @@ function showBanner(cluster) {
   setClass(banner, "banner", cluster.leader === null ? "bad" : "");
 }
 
-/** Show the runs that are going on and the newest that have ended; return them. */
-function showRuns(cluster) {
+/** Return the runs that are going on with the newest that have ended, and those that ended earlier. */
+function chooseRuns(cluster) {
   const newestFirst = [...cluster.runs].sort((a, b) => (b.checkpoint?.committed_at ?? "~").localeCompare(a.checkpoint?.committed_at ?? "~"));
   const ended = newestFirst.filter(isOver);
   const shown = [...newestFirst.filter((run) => !isOver(run)), ...ended.slice(0, SHOWN_ENDED)];
+  return { shown, earlier: ended.slice(SHOWN_ENDED) };
+}
+
+function showRuns(shown, earlier) {
   byId("no-runs").hidden = shown.length > 0;
   for (const [runId, card] of cards) {
     if (shown.some((run) => run.run_id === runId)) continue;
@@ -115,10 +120,8 @@ function showRuns(cluster) {
     if (byId("runs").children[index] !== card.box) byId("runs").insertBefore(card.box, byId("runs").children[index] ?? null);
     card.show(run, commits.get(run.run_id)?.log ?? []);
   });
-  const earlier = ended.slice(SHOWN_ENDED);
   byId("earlier").hidden = earlier.length === 0;
   byId("earlier-rows").replaceChildren(...earlier.map((run) => row(run.run_id, run.app, run.state, `${run.server_round} of ${run.num_rounds}`)));
-  return shown;
 }
 
 function showReplicas(cluster) {
