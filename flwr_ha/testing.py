@@ -32,7 +32,7 @@ class NotResumableError(AssertionError):
     """A training that was resumed ended with another result; the message says after which death, and what differs."""
 
 
-def check_resume(  # all but the first by name
+def check_resume(  # noqa: PLR0913  # each is a setting of its own, all but the first by name
     make_strategy: Callable[[], Strategy],
     *,
     initial_arrays: ArrayRecord | None = None,
@@ -40,6 +40,7 @@ def check_resume(  # all but the first by name
     num_nodes: int = 3,
     train: Work = train,
     evaluate: Work = evaluate,
+    same_arrays: bool = True,
 ) -> Result:
     """Let the server die before each single reply of a training, resume it, and compare it with the undisturbed one.
 
@@ -57,6 +58,8 @@ def check_resume(  # all but the first by name
         Rounds of the training, and nodes; all of them are ``min_nodes``.
     train, evaluate : callable, optional
         What a node does, deterministic; without them steps and losses that depend on partition, round and model.
+    same_arrays : bool
+        As for `HighlyAvailable`.
 
     Returns
     -------
@@ -75,7 +78,7 @@ def check_resume(  # all but the first by name
         clock = FakeClock()
         grid = FakeGrid(clock, some_nodes(num_nodes, first_id=first_id), work={"train": train, "evaluate": evaluate})
         grid.deaths = deaths
-        strategy = HighlyAvailable(make_strategy(), min_nodes=num_nodes, checkpoint_dir=folder)
+        strategy = HighlyAvailable(make_strategy(), min_nodes=num_nodes, checkpoint_dir=folder, same_arrays=same_arrays)
         strategy.clock = clock  # type: ignore[misc]  # the seam for tests
         result = strategy.start(grid, initial_arrays.copy(), num_rounds=num_rounds)
         return result, len(grid.calls)

@@ -152,8 +152,8 @@ class Gathering:
                     contents[id(content)] = content.object_id
                 content_id = contents[id(content)]
                 if content_id not in self._expectations:
-                    is_train = self._kind == "train"
-                    self._expectations[content_id] = expect(content, is_train=is_train, weight_key=key)
+                    is_same = self._kind == "train" and self._run.rules.same_arrays
+                    self._expectations[content_id] = expect(content, same_arrays=is_same, weight_key=key)
                 self._messages[(message.metadata.dst_node_id, content_id)] = message
         self._choose_place()
         if len({node for node, _ in self._messages}) < len(messages):

@@ -28,6 +28,8 @@ class Rules:
         Seconds that stragglers have once ``min_replies`` are there.
     wait_timeout_s : float or None
         Seconds to wait for enough nodes to be online; None: for ever.
+    same_arrays : bool
+        Whether a reply to training must hold the arrays that were sent, by name and shape.
     """
 
     min_nodes: int
@@ -35,6 +37,7 @@ class Rules:
     min_replies: int | None = None
     grace_s: float = 0.0
     wait_timeout_s: float | None = None
+    same_arrays: bool = True
 
     def __post_init__(self) -> None:
         if self.min_nodes < 1:

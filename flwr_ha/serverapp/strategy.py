@@ -54,6 +54,10 @@ class HighlyAvailable(Strategy):
         Seconds that stragglers have once ``min_replies`` are there.
     wait_timeout_s : float, optional
         Seconds to wait for enough nodes to be online; None: for ever.
+    same_arrays : bool
+        Whether a reply to training must hold the arrays that were sent, by name and shape. False for
+        clients that send something else on purpose, such as compressed updates or adapters: the
+        strategy has to know what to do with it.
     checkpoint_dir : path, optional
         Keeps checkpoints in a folder where no replica runs the ServerApp: with a plain
         ``flower-superlink`` or the simulation runtime. There each process is a new run, so a
@@ -89,6 +93,7 @@ class HighlyAvailable(Strategy):
         min_replies: int | None = None,
         grace_s: float = 0.0,
         wait_timeout_s: float | None = None,
+        same_arrays: bool = True,
         checkpoint_dir: str | PathLike[str] | None = None,
     ) -> None:
         if not isinstance(strategy, Strategy):
@@ -102,6 +107,7 @@ class HighlyAvailable(Strategy):
             min_replies=min_replies,
             grace_s=grace_s,
             wait_timeout_s=wait_timeout_s,
+            same_arrays=same_arrays,
         )
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
 

@@ -37,14 +37,14 @@ class Expectation:
     sent: ArrayRecord | None = None
 
 
-def expect(sent: RecordDict, *, is_train: bool, weight_key: str | None) -> Expectation:
+def expect(sent: RecordDict, *, same_arrays: bool, weight_key: str | None) -> Expectation:
     """Return what replies to this content must look like.
 
-    Arrays are compared only where exactly one ArrayRecord was sent for training: then Flower's
-    strategies want one of the same form back.
+    Arrays are compared, where that is wanted, if exactly one ArrayRecord was sent: then Flower's
+    strategies want one of the same form back from training.
     """
     records = list(sent.array_records.values())
-    if not is_train or len(records) != 1:
+    if not same_arrays or len(records) != 1:
         return Expectation(weight_key=weight_key)
     (record,) = records
     return Expectation(

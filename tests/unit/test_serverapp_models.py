@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from flwr_ha import HighlyAvailable
 from flwr_ha.errors import NotEnoughNodesError
 from flwr_ha.serverapp.testing import FakeClock, FakeGrid, failed, some_nodes
+from flwr_ha.testing import check_resume
 
 NODES, ROUNDS = 3, 3
 Train = Callable[[int, RecordDict], RecordDict]
@@ -167,3 +168,55 @@ def test_defaultdict_is_one_after_an_attempt_that_was_undone(grid: Any) -> None:
     started(HighlyAvailable(inner, min_nodes=NODES), nodes, {"weight": np.ones(3, np.float32)})
     assert inner.seen == {"round-1": 1, "round-2": 1, "round-3": 1}
     assert inner.seen["round-9"] == 0
+
+
+class Adapters(FedAvg):
+    """Average adapters alone, and put them into a model that the clients send nothing else of."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: Any, grid: Any) -> Any:
+        self.arrays = arrays
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round: int, replies: Any) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        averaged, metrics = super().aggregate_train(server_round, replies)
+        return ArrayRecord({**self.arrays, **(averaged or {})}), metrics
+
+
+def adapter(partition: int, content: RecordDict) -> RecordDict:
+    """Train and send back one array of the model, and what the server has never seen."""
+    sent = content.array_records["arrays"]["adapter"].numpy()
+    return reply({"adapter": sent * 0.9 + partition, "rank": np.asarray(float(partition))}, 10 + partition)
+
+
+ADAPTED = {"base": np.ones(5, np.float32), "adapter": np.zeros(3, np.float32)}
+
+
+def test_clients_that_send_other_arrays_on_purpose_are_trained_as_by_plain_flower(grid: Any) -> None:
+    """Adapters, compressed updates: the strategy knows what to do with them."""
+    plain = started(Adapters(fraction_evaluate=0.0), grid(train=adapter), ADAPTED)
+    wrapped = HighlyAvailable(Adapters(fraction_evaluate=0.0), min_nodes=NODES, same_arrays=False)
+    ours = started(wrapped, grid(train=adapter), ADAPTED)
+    assert set(ours.arrays) == set(plain.arrays) == {"base", "adapter", "rank"}
+    check_resume(
+        lambda: Adapters(fraction_evaluate=0.0), initial_arrays=record(ADAPTED), train=adapter, same_arrays=False
+    )
+    for name, array in plain.arrays.items():
+        np.testing.assert_allclose(ours.arrays[name].numpy(), array.numpy(), rtol=1e-6)
+
+
+def test_clients_that_send_other_arrays_are_rejected_where_nobody_allows_it(grid: Any) -> None:
+    """A client of another version would otherwise spoil the model."""
+    wrapped = HighlyAvailable(Adapters(fraction_evaluate=0.0), min_nodes=NODES)
+    with pytest.raises(NotEnoughNodesError, match="'base' is missing"):
+        started(wrapped, grid(train=adapter), ADAPTED)
+
+
+def test_garbage_is_rejected_whatever_its_form(grid: Any) -> None:
+    """Any form is no licence for NaN."""
+
+    def broken(partition: int, content: RecordDict) -> RecordDict:
+        return reply({"adapter": np.full(3, np.nan if partition == 1 else 1.0, np.float32)}, 10)
+
+    wrapped = HighlyAvailable(Adapters(fraction_evaluate=0.0), min_nodes=NODES, same_arrays=False)
+    with pytest.raises(NotEnoughNodesError, match="holds NaN or infinite values"):
+        started(wrapped, grid(train=broken), ADAPTED)

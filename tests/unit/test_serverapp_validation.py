@@ -25,7 +25,7 @@ def why(content, *, is_train=True, sent=None):
     asked = sent or globals()["sent"]()
     instruction = Message(asked, 12, "train" if is_train else "evaluate")
     reply = Message(content, reply_to=instruction)
-    return why_rejected(reply, expect(asked, is_train=is_train, weight_key="num-examples"), node=12)
+    return why_rejected(reply, expect(asked, same_arrays=is_train, weight_key="num-examples"), node=12)
 
 
 def good(**changes):
