@@ -205,7 +205,7 @@ class ReplicaSession:
 
     def _offer(self, digest: str) -> None:
         """Tell the replica of a big part, so that copies of it are on their way while the others are written."""
-        if self._blobs().size(digest) >= _OFFER_BYTES:
+        if self._blobs().size_to_send(digest) >= _OFFER_BYTES:
             self._note("offer", {"digests": [digest]})
 
     def _note(self, what: str, body: dict[str, Any]) -> None:

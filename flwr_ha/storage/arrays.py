@@ -12,6 +12,7 @@ import numpy as np
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.digests import PREFIX
+from flwr_ha.storage.files import Buffer
 
 Array = np.ndarray[Any, Any]
 
@@ -77,9 +78,12 @@ def raw_bytes(array: Array) -> memoryview:
     return flat.view(np.uint8).data
 
 
-def digest_of(data: memoryview) -> str:
-    """Return the digest of bytes."""
-    return PREFIX + hashlib.sha256(data).hexdigest()
+def digest_of(*chunks: Buffer) -> str:
+    """Return the digest of bytes, which may come in pieces."""
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(chunk)
+    return PREFIX + sha.hexdigest()
 
 
 def empty_array(described: Any, shape: tuple[int, ...], size_bytes: int) -> tuple[Array, memoryview]:

@@ -88,16 +88,9 @@ class _BlobServer:
 
     async def head(self, request: Request) -> Response:
         digest = request.path_params["digest"]
-        if await run_in_threadpool(self._is_kept, digest):
+        if await run_in_threadpool(self._store.is_kept, digest):
             return Response(headers={"Content-Length": str(self._store.size(digest))})
         return Response(status_code=404, headers={"Upload-Offset": str(self._store.partial_bytes(digest))})
-
-    def _is_kept(self, digest: str) -> bool:
-        """Whether a good copy is here, which is not collected soon: whoever asks may commit a name for it."""
-        try:
-            return self._store.refresh(digest)
-        except CheckpointError:  # a disk that cannot be written to can still be read
-            return self._store.is_good(digest)
 
     async def get(self, request: Request) -> Response:
         try:
@@ -140,7 +133,7 @@ class _BlobServer:
             offset = await _append_body(body, upload, offset)
             if offset < upload.total_bytes:
                 return Response(status_code=202, headers={"Upload-Offset": str(offset)})
-            await run_in_threadpool(upload.finish)
+            await run_in_threadpool(self._store.finish, [upload])
         except _ExcessError as error:
             return _refusal(400, str(error))
         except OffsetError as error:

@@ -16,8 +16,9 @@ from os import fstat
 from typing import TYPE_CHECKING, Any
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.storage.batches import Batch
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.files import CHUNK_BYTES
+from flwr_ha.storage.files import CHUNK_BYTES, Buffer
 from flwr_ha.storage.manifest import GROUPS, ArrayInfo, Manifest, read_manifest
 from flwr_ha.storage.tensorfile import Header, TensorEntry, format_header, layout
 
@@ -105,7 +106,7 @@ def save(
     store : BlobStore
         Where to.
     on_part : callable
-        Gets the digest of each part as soon as it is stored, from several threads.
+        Gets the digest of each part as soon as `BlobStore.open_to_send` finds it, from several threads.
 
     Raises
     ------
@@ -113,11 +114,12 @@ def save(
         The disk refuses, or something in it is neither JSON nor a plain array; the message names
         it. Blobs that were stored before that are collected later.
     """
-    from flwr_ha.storage.arrays import SAFETENSORS, combined_digest
+    from flwr_ha.storage.arrays import SAFETENSORS, combined_digest, digest_of
 
+    batch = Batch(store)
     named = [(f"{group}/{name}", array) for group in GROUPS for name, array in getattr(checkpoint, group).items()]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint-save") as pool:
-        packed = list(pool.map(lambda item: _pack(item[0], item[1], store, on_part), named))
+        packed = list(pool.map(lambda item: _pack(item[0], item[1], batch, on_part), named))
     inline = [item for item in packed if item.data is not None]
     entries = layout([_place(item, SAFETENSORS) for item in inline])
     manifest = Manifest(
@@ -130,7 +132,10 @@ def save(
         history=checkpoint.history,
     )
     head = format_header(entries, manifest.to_metadata())
-    digest = store.write([head, *(item.data for item in inline if item.data is not None)])
+    main: list[Buffer] = [head, *(item.data for item in inline if item.data is not None)]
+    digest = digest_of(*main)
+    batch.put(digest, main)
+    batch.finish()
     parts = {item.digest: item.size_bytes for item in packed if item.data is None}
     return SavedCheckpoint(
         digest=digest,
@@ -144,7 +149,7 @@ def save(
     )
 
 
-def _pack(key: str, array: Array, store: BlobStore, on_part: Callable[[str], None]) -> _Packed:
+def _pack(key: str, array: Array, batch: Batch, on_part: Callable[[str], None]) -> _Packed:
     from flwr_ha.storage.arrays import describe, digest_of, raw_bytes
 
     try:
@@ -156,8 +161,7 @@ def _pack(key: str, array: Array, store: BlobStore, on_part: Callable[[str], Non
     digest = digest_of(data)
     is_part = len(data) >= PART_BYTES
     if is_part:
-        pieces = (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
-        store.put_known(digest, pieces, is_hashed=True)
+        batch.put(digest, [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)])
         on_part(digest)
     return _Packed(
         key=key,

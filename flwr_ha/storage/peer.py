@@ -160,7 +160,7 @@ class PeerClient:
             The peer is not reached, or refuses it. The message says why.
         """
         patience = _Patience(self._aborted)
-        with store.open_unverified(digest) as file:
+        with store.open_to_send(digest) as file:
             while True:
                 try:
                     offset = self._received(digest)
@@ -170,7 +170,7 @@ class PeerClient:
                         offset = self._send(file, digest, offset, is_wanted)
                     return
                 except (httpx.HTTPError, _AgainError, OffsetError) as error:
-                    if isinstance(error, _OtherBytesError):
+                    if isinstance(error, _OtherBytesError) and store.has(digest):
                         store.verify(digest, is_forced=True)
                     if not patience.has_more():
                         raise self._failure(error) from error
@@ -247,7 +247,7 @@ class PeerClient:
                 for chunk in response.iter_raw(CHUNK_BYTES):
                     upload.append(offset, chunk)
                     offset += len(chunk)
-        upload.finish()
+        store.finish([upload])
 
     def _refusal(self, response: httpx.Response) -> Exception:
         status = response.status_code

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
@@ -47,7 +48,7 @@ class Upload:
     `BlobStore.receive` makes it. Any number of threads and processes may work on the same blob:
     a piece is written under the file's lock, and only where the file ends, so that two senders
     share one upload instead of mixing their bytes. A sender of wrong bytes spoils the upload for
-    all, which `finish` notices: everybody starts again.
+    all, which `BlobStore.finish` notices: everybody starts again.
 
     Parameters
     ----------
@@ -57,28 +58,24 @@ class Upload:
         How long it must be.
     partial, target : Path
         The file that grows, and the blob that it becomes.
-    publish : callable
-        Makes a file (digest, descriptor, path) the blob, durably.
     """
 
-    def __init__(
-        self, digest: str, total_bytes: int, *, partial: Path, target: Path, publish: Callable[[str, int, Path], None]
-    ) -> None:
+    def __init__(self, digest: str, total_bytes: int, *, partial: Path, target: Path) -> None:
         self.digest = digest
         self.total_bytes = total_bytes
-        self._partial = partial
+        self.partial = partial
         self._target = target
-        self._publish = publish
         self._lock = threading.Lock()
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
         self._seen = _NOTHING
+        self._filled = _NOTHING
         self._begun = 0
 
     @property
     def offset(self) -> int:
         """Bytes that have arrived, in this process or before."""
-        return self.total_bytes if self._target.exists() else partial_bytes(self._partial)
+        return self.total_bytes if self._target.exists() else partial_bytes(self.partial)
 
     def append(self, offset: int, chunk: Buffer) -> None:
         """Add the bytes that start at `offset`.
@@ -94,8 +91,8 @@ class Upload:
         """
         if offset + len(chunk) > self.total_bytes:
             raise LengthError(f"more than the announced {self.total_bytes} bytes arrive for {self.digest}")
-        with self._lock:
-            descriptor = open_locked(self._partial, is_new=offset == 0)
+        with self._lock, disk_errors(self.partial.parent):
+            descriptor = open_locked(self.partial, is_new=offset == 0)
             if descriptor is None:
                 raise OffsetError(0)
             try:
@@ -108,25 +105,58 @@ class Upload:
         if size != offset:
             raise OffsetError(size)
         self._notice_others(descriptor)
-        try:
-            with disk_errors(self._partial.parent):
-                write_all(descriptor, chunk)
-        except CheckpointError as error:
-            if is_disk_full(error):
-                self._partial.unlink(missing_ok=True)
-            raise
-        end = offset + len(chunk)
-        self._begun = min(self._begun, offset)  # less than before where the upload has begun anew
-        if end - self._begun >= WRITEBACK_BYTES:
-            start_writeback(descriptor, self._begun, end - self._begun)
-            self._begun = end
+        self._write(descriptor, offset, chunk)
         if self._hashed_bytes == offset:
             self._hash.update(chunk)
             self._hashed_bytes += len(chunk)
             self._seen = _stamp(descriptor)
 
-    def finish(self) -> None:
-        """Verify the whole and make it a blob that survives a power cut.
+    def _write(self, descriptor: int, offset: int, chunk: Buffer) -> None:
+        try:
+            with disk_errors(self.partial.parent):
+                write_all(descriptor, chunk)
+        except CheckpointError as error:
+            if is_disk_full(error):
+                self.partial.unlink(missing_ok=True)
+            raise
+        end = offset + len(chunk)
+        self._begun = min(self._begun, offset)  # less than before where the upload has begun anew
+        if end - self._begun >= WRITEBACK_BYTES or end == self.total_bytes:
+            start_writeback(descriptor, self._begun, end - self._begun)
+            self._begun = end
+
+    def fill(self, chunks: Iterable[Buffer]) -> None:
+        """Write all at once: bytes of which the caller has computed the digest, which spares a second pass.
+
+        Raises
+        ------
+        CheckpointError
+            The disk refuses; a full disk drops the upload.
+        """
+        with self._lock, disk_errors(self.partial.parent):
+            descriptor = open_locked(self.partial, is_new=True)
+            if descriptor is None:
+                raise OffsetError(0)
+            try:
+                if _stamp(descriptor) != self._filled:  # else another thread has come before
+                    os.ftruncate(descriptor, 0)
+                    self._forget()
+                    end = 0
+                    for chunk in chunks:
+                        self._write(descriptor, end, chunk)
+                        end += len(chunk)
+                    self._filled = _stamp(descriptor)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def completed(self) -> Iterator[int | None]:
+        """Hold the file once it is complete and verified, so that nobody changes it meanwhile.
+
+        Yields
+        ------
+        int or None
+            Its descriptor, for the store to publish; None where the blob is there already.
 
         Raises
         ------
@@ -134,41 +164,37 @@ class Upload:
             Bytes are missing: send them.
         CheckpointCorruptError
             The bytes do not match the digest: they are dropped, send all again.
-        CheckpointError
-            The disk refuses.
         """
         with self._lock:
-            descriptor = open_locked(self._partial, is_new=self.total_bytes == 0)
+            descriptor = open_locked(self.partial, is_new=self.total_bytes == 0)
             if descriptor is None:
-                if self._target.exists():
-                    return
-                raise OffsetError(0)
+                if not self._target.exists():
+                    raise OffsetError(0)
+                yield None
+                return
             try:
-                self._finish(descriptor)
+                yield descriptor if self._is_verified(descriptor) else None
             finally:
                 os.close(descriptor)
 
-    def _finish(self, descriptor: int) -> None:
+    def _is_verified(self, descriptor: int) -> bool:
         size = os.fstat(descriptor).st_size
         if size < self.total_bytes:
             if self._target.exists():  # another sender has finished, this is the start of one more upload
-                return
+                return False
             raise OffsetError(size)
+        if _stamp(descriptor) == self._filled:
+            return True
         self._notice_others(descriptor)
         if self._hashed_bytes < size:
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 file.seek(0)
                 self._hash = hashlib.file_digest(file, "sha256")
         if f"sha256:{self._hash.hexdigest()}" != self.digest:
-            self._partial.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
             self._forget()
             raise CheckpointCorruptError(f"the bytes that arrived are not {self.digest}")
-        try:
-            with disk_errors(self._target.parent):
-                self._publish(self.digest, descriptor, self._partial)
-        except CheckpointError:
-            self._partial.unlink(missing_ok=True)  # after a failed fsync a second one may succeed without cause
-            raise
+        return True
 
     def _notice_others(self, descriptor: int) -> None:
         """Forget the hash unless the file is as this upload has left it.

@@ -738,7 +738,13 @@ with here.Server(here.BlobStore(root / "peer")) as server:
     with here.PeerClient(here.Peer(1, f"127.0.0.1:{server.port}"), secret=here.SECRET) as client:
         client.push(own, own.put(b"warm up"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        digest = own.write(bytes([i]) * 1_000_000 for i in range(250))
+        def chunks():
+            return (bytes([i]) * 1_000_000 for i in range(250))
+        sha = here.hashlib.sha256()
+        for chunk in chunks():
+            sha.update(chunk)
+        digest = "sha256:" + sha.hexdigest()
+        own.put_known(digest, chunks())
         client.push(own, digest)
         client.pull(back, digest)
         back.verify(digest, is_forced=True)

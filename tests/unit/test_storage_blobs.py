@@ -44,8 +44,9 @@ def store(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"a", os.urandom(3_000_001)])
 def test_blob_is_read_as_it_was_written(store, data):
     """Whole, in chunks, streamed, and into a buffer: always the same bytes under the same name."""
-    digest = store.write([data[:1], data[1:]])
-    assert digest == store.put(data) == digest_of(data)
+    digest = digest_of(data)
+    store.put_known(digest, [data[:1], data[1:]])
+    assert digest == store.put(data)
     assert store.has(digest)
     assert store.size(digest) == len(data)
     assert store.read(digest) == data
@@ -208,7 +209,7 @@ def test_crash_between_steps_leaves_no_half_blob(store, monkeypatch, step, error
     with monkeypatch.context() as patch:
         patch.setattr(os, step, fail)
         with pytest.raises(expected):
-            store.write([b"half"])
+            store.put_known(digest_of(b"half"), [b"half"])
         with pytest.raises(expected):
             store.put(b"half")
         assert files_in(store) == []
@@ -229,7 +230,7 @@ def test_blob_is_fsynced_before_it_gets_its_name_and_the_folder_after(store, mon
     data = b"more"
     upload = store.receive(digest_of(data), 4)
     upload.append(0, data)
-    upload.finish()
+    store.finish([upload])
     assert steps == ["file", "rename", "folder"]
 
 
@@ -238,7 +239,7 @@ def test_killed_writer_leaves_nothing_visible(store):
     code = (
         "import os, signal, sys; from pathlib import Path; from flwr_ha.storage.blobs import BlobStore\n"
         "def chunks():\n    yield b'x' * 100000\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "BlobStore(Path(sys.argv[1])).write(chunks())"
+        "BlobStore(Path(sys.argv[1])).put_known('sha256:' + '0' * 64, chunks())"
     )
     result = subprocess.run([sys.executable, "-c", code, str(store.root)], check=False, timeout=60)
     assert result.returncode == -9
@@ -260,7 +261,7 @@ from flwr_ha.storage.files import is_disk_full
 store = BlobStore(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 upload = store.receive("sha256:" + "0" * 64, 10**6)
-for use in (lambda: store.write([b"x" * 60_000] * 3), lambda: store.put(b"y" * 200_000),
+for use in (lambda: store.put_known("sha256:" + "1" * 64, [b"x" * 60_000] * 3), lambda: store.put(b"y" * 200_000),
             lambda: upload.append(0, b"x" * 200_000)):
     try:
         use()
@@ -297,7 +298,7 @@ def test_many_writers_of_one_blob_do_not_disturb_each_other(store):
         start.wait(10)
         try:
             for _ in range(10):
-                assert own.write([data[:1000], data[1000:]]) == digest
+                own.put_known(digest, [data[:1000], data[1000:]])
                 own.put(data)
                 assert own.read(digest) == data
         except BaseException as error:
@@ -354,10 +355,10 @@ def test_deleted_blob_is_gone(store):
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.binary(max_size=3000), cuts=st.lists(st.integers(0, 3000), max_size=6))
-def test_chunking_does_not_change_the_name(tmp_path_factory, data, cuts):
-    """The digest is one of the bytes, not of how they were cut."""
+def test_chunking_does_not_change_the_bytes(tmp_path_factory, data, cuts):
+    """The digest is one of the whole, not of how it was cut."""
     store = BlobStore(tmp_path_factory.mktemp("store"))
     bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [memoryview(data)[a:b] for a, b in pairwise(bounds)]
-    assert store.write(pieces) == digest_of(data)
+    store.put_known(digest_of(data), pieces)
     assert store.read(digest_of(data)) == data

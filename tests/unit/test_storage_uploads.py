@@ -30,7 +30,7 @@ def test_upload_goes_on_after_a_restart(store):
     upload = restarted.receive(DIGEST, len(DATA))
     assert upload.offset == restarted.partial_bytes(DIGEST) == 40_000
     upload.append(40_000, DATA[40_000:])
-    upload.finish()
+    restarted.finish([upload])
     assert upload.offset == len(DATA)
     assert restarted.read(DIGEST) == DATA
     assert restarted.partial_bytes(DIGEST) == 0
@@ -40,7 +40,7 @@ def test_complete_but_unfinished_upload_is_finished_after_a_restart(store):
     """A crash between the last byte and the rename costs nothing."""
     store.receive(DIGEST, len(DATA)).append(0, DATA)
     restarted = BlobStore(store.root)
-    restarted.receive(DIGEST, len(DATA)).finish()
+    restarted.finish([restarted.receive(DIGEST, len(DATA))])
     assert restarted.read(DIGEST) == DATA
 
 
@@ -58,11 +58,11 @@ def test_unfinished_upload_is_no_blob(store):
     """`finish` before the end says what is missing."""
     upload = store.receive(DIGEST, len(DATA))
     with pytest.raises(OffsetError) as caught:
-        upload.finish()
+        store.finish([upload])
     assert caught.value.offset == 0
     upload.append(0, DATA[:10])
     with pytest.raises(OffsetError) as caught:
-        upload.finish()
+        store.finish([upload])
     assert caught.value.offset == 10
     assert not store.has(DIGEST)
 
@@ -76,11 +76,11 @@ def test_wrong_bytes_are_dropped_and_can_be_sent_again(store, position):
     upload.append(0, bytes(wrong[:60_000]))
     upload.append(60_000, bytes(wrong[60_000:]))
     with pytest.raises(CheckpointCorruptError, match=DIGEST):
-        upload.finish()
+        store.finish([upload])
     assert not store.has(DIGEST)
     assert upload.offset == 0
     upload.append(0, DATA)
-    upload.finish()
+    store.finish([upload])
     assert store.read(DIGEST) == DATA
 
 
@@ -98,13 +98,13 @@ def test_leftover_that_is_too_long_is_dropped(store):
     upload = store.receive(DIGEST, len(DATA))
     assert upload.offset == 0
     upload.append(0, DATA)
-    upload.finish()
+    store.finish([upload])
 
 
 def test_empty_blob_is_received(store):
     """Nothing is something."""
     digest = "sha256:" + hashlib.sha256(b"").hexdigest()
-    store.receive(digest, 0).finish()
+    store.finish([store.receive(digest, 0)])
     assert store.read(digest) == b""
 
 
@@ -117,8 +117,8 @@ def test_two_uploads_of_one_blob_share_their_bytes(store):
     with pytest.raises(OffsetError):
         first.append(30_000, DATA[30_000:40_000])
     first.append(70_000, DATA[70_000:])
-    second.finish()
-    first.finish()
+    other.finish([second])
+    store.finish([first])
     assert store.read(DIGEST) == other.read(DIGEST) == DATA
 
 
@@ -129,7 +129,7 @@ def test_upload_that_was_removed_and_begun_anew_is_hashed_anew(store):
     upload.append(0, bytes(len(DATA)))
     other.collect((), min_age_s=-1)
     other.receive(DIGEST, len(DATA)).append(0, DATA)
-    upload.finish()
+    store.finish([upload])
     assert store.read(DIGEST) == DATA
 
 
@@ -148,7 +148,7 @@ def test_racing_uploads_of_one_blob_do_not_mix_their_bytes(store):
                 except OffsetError as error:
                     offset = error.offset
             if not own.has(DIGEST):
-                upload.finish()
+                own.finish([upload])
         except BaseException as error:
             problems.append(error)
 
@@ -174,7 +174,7 @@ def test_failed_fsync_drops_the_upload(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
-            upload.finish()
+            store.finish([upload])
     assert upload.offset == 0
     assert not store.has(DIGEST)
 
@@ -194,5 +194,5 @@ def test_any_cutting_with_any_restarts_gives_the_blob(tmp_path_factory, sizes, r
         upload.append(offset, piece)
         offset += len(piece)
         turn += 1
-    store.receive(DIGEST, len(DATA)).finish()
+    store.finish([store.receive(DIGEST, len(DATA))])
     assert store.read(DIGEST) == DATA
