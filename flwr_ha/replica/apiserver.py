@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 from types import TracebackType
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from flwr_ha.errors import ConfigError
+from flwr_ha.replica.upgrades import Upgrades
 from flwr_ha.settings import Endpoint, TlsSettings
 
 START_TIMEOUT_S = 10.0
@@ -36,11 +38,14 @@ class ApiServer:
         self._socket = bind(endpoint, setting="api")
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
+        self._upgrades: Upgrades | None = None
 
-    def start(self, app: ASGIApp) -> None:
-        """Begin to answer."""
+    def start(self, app: ASGIApp, *, upgrades: Upgrades | None = None) -> None:
+        """Begin to answer; `upgrades` are ended with the server."""
+        self._upgrades = upgrades
         config = uvicorn.Config(
             app,
+            http=cast(Any, upgrades) or "auto",  # any callable will do, uvicorn's annotation asks for a class
             log_config=None,
             access_log=False,
             server_header=False,
@@ -72,6 +77,8 @@ class ApiServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._upgrades is not None:
+            self._upgrades.close()
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join(timeout=START_TIMEOUT_S)
