@@ -107,7 +107,7 @@ def main() -> None:
     """Take arrays from one sender until it ends."""
     port_file, folder = Path(sys.argv[1]), Path(sys.argv[2])
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as finishing:
-        announce(listener, port_file)
+        announce(listener.getsockname()[1], port_file)
         connection, _ = listener.accept()
         with connection:
             number = 0

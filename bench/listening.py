@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,8 @@ def listening(module: str, folder: Path, number: int, *arguments: str) -> Iterat
         program.kill_tree()
 
 
-def announce(listener: socket.socket, port_file: Path) -> None:
-    """Write the port where `listening` looks for it, as a whole or not at all."""
+def announce(port: int, port_file: Path) -> None:
+    """Write a port where `listening` looks for it, as a whole or not at all."""
     temporary = port_file.with_suffix(".new")
-    temporary.write_text(str(listener.getsockname()[1]))
+    temporary.write_text(str(port))
     temporary.rename(port_file)

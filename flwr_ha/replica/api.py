@@ -88,9 +88,13 @@ class ReplicaStatus(Protocol):
 
 
 def is_authorized(request: Request, secret: str) -> bool:
-    """Whether the request carries the shared secret; compared in constant time."""
-    given = request.headers.get("authorization", "")
-    return hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())
+    """Whether the request carries the shared secret."""
+    return is_secret(request.headers.get("authorization", ""), secret)
+
+
+def is_secret(authorization: str, secret: str) -> bool:
+    """Whether the value of an Authorization header is the shared secret; compared in constant time."""
+    return hmac.compare_digest(authorization.encode(), f"Bearer {secret}".encode())
 
 
 def create_api(replica: ReplicaStatus, *, secret: str, routes: Sequence[BaseRoute] = ()) -> Starlette:

@@ -20,7 +20,7 @@ from flwr_ha.replica.holdings import Holdings, Storage
 from flwr_ha.replica.metrics import Meter, NoMeter
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import BlobLostError
-from flwr_ha.storage.lanes import RECENT_S
+from flwr_ha.storage.pushing import RECENT_S
 from flwr_ha.superlink import linkstate
 from flwr_ha.superlink.process import SuperLinkProcess
 from flwr_ha.superlink.procfs import ChildRecord, kill_stale_child, listens_on

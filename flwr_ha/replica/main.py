@@ -23,8 +23,9 @@ from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.protocol import Store
 from flwr_ha.errors import ConfigError
 from flwr_ha.replica.agent import Agent, Life, MakeLife
-from flwr_ha.replica.api import create_api, is_authorized
+from flwr_ha.replica.api import create_api
 from flwr_ha.replica.apiserver import ApiServer, bind
+from flwr_ha.replica.blobapi import blob_api
 from flwr_ha.replica.clusterview import running_replicas
 from flwr_ha.replica.dashboard import page_routes
 from flwr_ha.replica.duties import Tools
@@ -41,7 +42,6 @@ from flwr_ha.replica.sessionapi import session_routes
 from flwr_ha.replica.sharedstore import SharedStoreCollector
 from flwr_ha.settings import Endpoint, SessionSettings, Settings, TlsSettings
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.objectstore import ObjectStorage
 from flwr_ha.storage.replication import Peer, Replicator
 from flwr_ha.superlink import events, linkstate
@@ -114,11 +114,9 @@ def run_replica(settings: Settings, replica_id: int, *, when_leading: Callable[[
             agent.when_leading = partial(act_when_safe, when_leading, agent, replica, tools.needed_copies)
         coordinator.join(replica.record(), wait_timeout_s=store.session_timeout_s + 2.0)
         _check_public_address(own.address, coordinator)
-        routes = blob_routes(
-            blobs, authorize=lambda request: is_authorized(request, secret), max_bytes=settings.max_blob_bytes
-        )
+        routes, upgrades = blob_api(blobs, secret=secret, max_bytes=settings.max_blob_bytes)
         api = create_api(replica, secret=secret, routes=[*routes, *page_routes()])
-        server.start(BrowserHeaders(api, api_origins(settings)))
+        server.start(BrowserHeaders(api, api_origins(settings)), upgrades=upgrades)
         session_server.start(Starlette(routes=session_routes(replica)))
         stack.enter_context(_signals(agent))
         stack.enter_context(replica)

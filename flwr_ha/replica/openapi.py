@@ -40,6 +40,7 @@ def openapi(version: str) -> Json:
             **_information(),
             **_pages(),
             **_operations(),
+            "/blobs": _pushes(),
             "/blobs/{digest}": _blobs(),
         },
         "components": {
@@ -161,17 +162,12 @@ def _operations() -> Json:
 
 
 def _blobs() -> Json:
-    offset = {"Upload-Offset": {"description": "Bytes that have arrived", "schema": _WHOLE}}
     binary: Json = {"application/octet-stream": {"schema": {}}}
     refused = {
-        "400": _problem("Not a digest, bad headers, or more bytes than announced"),
+        "400": _problem("Not a digest"),
         "401": _problem("The secret is missing or wrong"),
     }
     empty = {"description": "The secret is missing or wrong, or this is not a digest; no body"}
-
-    def header(name: str, description: str) -> Json:
-        schema = {"type": "integer", "minimum": 0, "maximum": _MAX_OFFSET}
-        return {"name": name, "in": "header", "required": True, "description": description, "schema": schema}
 
     ranged = {"name": "Range", "in": "header", "schema": {"type": "string", "pattern": "^bytes=[0-9]{1,18}-$"}}
     return {
@@ -181,7 +177,7 @@ def _blobs() -> Json:
             "security": _SECRET,
             "responses": {
                 "200": {"description": "It is; Content-Length is its size"},
-                "404": {"description": "It is not, or not in full", "headers": offset},
+                "404": {"description": "It is not, or not in full"},
                 "400": empty,
                 "401": empty,
             },
@@ -198,23 +194,20 @@ def _blobs() -> Json:
                 **refused,
             },
         },
-        "patch": {
-            "summary": "Send bytes of a blob",
+    }
+
+
+def _pushes() -> Json:
+    return {
+        "get": {
+            "summary": "With `Upgrade: flwr-ha-blobs`, push blobs in that protocol (flwr_ha/storage/frames.py)",
             "security": _SECRET,
-            "parameters": [header("Upload-Offset", "First byte"), header("Upload-Length", "Size of the whole blob")],
-            "requestBody": {"required": False, "content": binary},
             "responses": {
-                "200": {"description": "Complete and verified"},
-                "202": {"description": "More, please", "headers": offset},
-                "408": _problem("The sender was silent for a minute"),
-                "409": {**_problem("The upload is elsewhere"), "headers": offset},
-                "413": _problem("Larger than this replica takes"),
-                "422": _problem("The whole is not that digest: start again"),
-                "500": _problem("The disk refuses the bytes"),
-                "507": _problem("The disk is full"),
-                **refused,
+                "101": {"description": "The connection is another protocol's from now on"},
+                "401": _problem("The secret is missing or wrong"),
+                "426": _problem("No upgrade was asked for, or too many connections are open"),
             },
-        },
+        }
     }
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.peer import Peer, PeerClient
+from flwr_ha.storage.peer import Peer
+from flwr_ha.storage.pushing import Pusher
 
-RECENT_S = 30.0  # much less than the age at which blobs that nothing names are collected
 _OFFERS = 4096
+_TOGETHER_BYTES = 16 << 20  # small offers go together, as a peer is asked what it lacks for each push
 _logger = logging.getLogger(__name__)
 OnPush = Callable[[int, int, float], None]
 
@@ -37,6 +38,8 @@ class Job:
         Monotonic time after which nobody wants it any more; None while `protect` waits.
     part_of : Job or None
         A later job that needs the same: this one is wanted for as long as that one is.
+    is_offer : bool
+        It is enough that the blobs are on their way: a later job will ask for them.
     """
 
     digests: tuple[str, ...]
@@ -45,6 +48,7 @@ class Job:
     fault: CheckpointCorruptError | None = None
     give_up_at_s: float | None = None
     part_of: Job | None = None
+    is_offer: bool = False
 
     @property
     def is_stale(self) -> bool:
@@ -74,7 +78,7 @@ class Lane:
     store : BlobStore
         Where from.
     connect : callable
-        Makes a client.
+        Makes what pushes.
     changed : threading.Condition
         Shared by all lanes; guards lanes and jobs and is notified when a job goes on.
     on_push : callable
@@ -87,7 +91,7 @@ class Lane:
         name: str,
         *,
         store: BlobStore,
-        connect: Callable[[Peer], PeerClient],
+        connect: Callable[[Peer], Pusher],
         changed: threading.Condition,
         on_push: OnPush,
     ) -> None:
@@ -100,10 +104,9 @@ class Lane:
         self._offers: deque[Job] = deque(maxlen=_OFFERS)
         self._leftover: Job | None = None
         self._running: Job | None = None
-        self._client = connect(peer)
+        self._pusher = connect(peer)
         self._is_closed = False
         self._is_failing = False
-        self._asked_s = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -132,12 +135,12 @@ class Lane:
         running = self._running
         if running is not None and running.give_up_at_s is not None and not running.is_within(job):
             running.give_up_at_s = 0.0
-            self._client.abort()
+            self._pusher.abort()
 
     def close(self) -> None:
         """End the thread soon; the condition is held."""
         self._is_closed = True
-        self._client.abort()
+        self._pusher.abort()
         self._changed.notify_all()
 
     def join(self, timeout_s: float) -> None:
@@ -156,53 +159,53 @@ class Lane:
                     job.held.add(self.peer.id)
                 self._changed.notify_all()
             self._report(reason)
-        self._client.close()
+        self._pusher.close()
 
     def _wait_for_job(self) -> Job | None:
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._wanted or self._offers or self._leftover)
             if self._is_closed:
                 return None
-            if self._wanted or self._offers:
-                self._running = (self._wanted or self._offers).popleft()
+            if self._wanted:
+                self._running = self._wanted.popleft()
+            elif self._offers:
+                self._running = self._next_offers()
             else:
                 self._running, self._leftover = self._leftover, None
-            if self._client.is_aborted:
-                self._client.close()
-                self._client = self._connect(self.peer)
+            if self._pusher.is_aborted:
+                self._pusher.close()
+                self._pusher = self._connect(self.peer)
             return self._running
 
-    def _push(self, job: Job) -> str:
-        """Push what the peer lacks; return why it failed, or nothing.
+    def _next_offers(self) -> Job:
+        """Return one job for the next offers, which give up with the first of them."""
+        first = self._offers.popleft()
+        digests, size_bytes = list(first.digests), sum(map(self._size, first.digests))
+        while self._offers and size_bytes < _TOGETHER_BYTES:
+            more = self._offers.popleft().digests
+            digests += more
+            size_bytes += sum(map(self._size, more))
+        return Job(tuple(dict.fromkeys(digests)), give_up_at_s=first.give_up_at_s, is_offer=True)
 
-        While the last blobs are on their way the peer might collect the first ones, which nothing names yet:
-        it is asked for them now and then, which keeps them young, and once more after a long push.
-        """
+    def _size(self, digest: str) -> int:
         try:
-            is_recent = False
-            while not is_recent:
-                pass_s = self._asked_s = time.monotonic()
-                for index, digest in enumerate(job.digests):
-                    self._push_blob(job, digest, job.digests[:index])
-                is_recent = time.monotonic() - pass_s < RECENT_S
+            return self._store.size_to_send(digest)
+        except CheckpointError:
+            return 0  # the push will say what is wrong
+
+    def _push(self, job: Job) -> str:
+        """Push what the peer lacks; return why it failed, or nothing."""
+        start_s, before = time.monotonic(), self._pusher.sent_bytes
+        try:
+            self._pusher.push(self._store, job.digests, is_wanted=lambda: not job.is_stale, is_settled=not job.is_offer)
         except CheckpointCorruptError as error:
             job.fault = error
             return str(error)
         except CheckpointError as error:
             return str(error)
-        return ""
-
-    def _push_blob(self, job: Job, digest: str, pushed: tuple[str, ...]) -> None:
-        def keep_young() -> None:
-            if time.monotonic() - self._asked_s >= RECENT_S:
-                for each in pushed:
-                    self._client.has(each)
-                self._asked_s = time.monotonic()
-
-        start_s, before = time.monotonic(), self._client.sent_bytes
-        self._client.push(self._store, digest, is_wanted=lambda: not job.is_stale, between_chunks=keep_young)
-        if sent_bytes := self._client.sent_bytes - before:
+        if sent_bytes := self._pusher.sent_bytes - before:
             self._on_push(self.peer.id, sent_bytes, time.monotonic() - start_s)
+        return ""
 
     def _report(self, reason: str) -> None:
         if reason and not self._is_failing and not self._is_closed:

@@ -6,10 +6,9 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from io import BufferedReader
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,18 +17,16 @@ import httpx
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.files import CHUNK_BYTES
+from flwr_ha.storage.outlet import AgainError
 from flwr_ha.storage.uploads import OffsetError
 from flwr_ha.tls import explain
 
 _ATTEMPTS = 3  # in a row without progress
-_BACKOFF_S = 0.1
-_PIECE_BYTES = 256 * 1024  # what goes to the socket at once
+BACKOFF_S = 0.1
 _REFUSALS = {
     401: "refuses the secret",
     403: "refuses the secret",
     404: "has no good copy",
-    413: "does not take blobs of this size",
-    507: "has a full disk",
 }
 
 
@@ -52,16 +49,8 @@ class Peer:
         return f"replica {self.id} ({self.api})"
 
 
-class _AgainError(Exception):
-    """The transfer broke for a reason that may pass."""
-
-
-class _OtherBytesError(_AgainError):
-    """The peer got other bytes: they changed on the way, or the own copy is no good."""
-
-
 class PeerClient:
-    """Send blobs to one peer and get blobs from it, over one connection that is kept.
+    """Get blobs from one peer, over one connection that is kept.
 
     One thread at a time uses it; only `abort` may be called from any other.
 
@@ -73,8 +62,6 @@ class PeerClient:
         Shared secret of the replicas.
     tls : ssl.SSLContext or None
         Context for HTTPS; None for plain HTTP.
-    chunk_bytes : int
-        Bytes in one request; many MiB keep the round trips few, and memory does not grow with it.
     timeout_s : float
         Longest wait for the peer to take or to send anything, in seconds.
     """
@@ -85,12 +72,9 @@ class PeerClient:
         *,
         secret: str,
         tls: ssl.SSLContext | None = None,
-        chunk_bytes: int = 16 << 20,
         timeout_s: float = 5.0,
     ) -> None:
         self.peer = peer
-        self.sent_bytes = 0  # of blobs, over the life of this client
-        self._chunk_bytes = chunk_bytes
         self._aborted = threading.Event()
         self._sockets: list[socket.socket] = []
         self._http = httpx.Client(
@@ -127,53 +111,12 @@ class PeerClient:
     def has(self, digest: str) -> bool:
         """Whether the peer holds a good copy; raise `CheckpointError` if it does not say."""
         try:
-            return self._received(digest) is None
-        except (httpx.HTTPError, _AgainError) as error:
+            response = self._http.head(_path(digest), extensions=self._extensions)
+            if response.status_code not in (200, 404):
+                raise self._refusal(response)
+            return response.status_code == 200
+        except (httpx.HTTPError, AgainError) as error:
             raise self._failure(error) from error
-
-    def push(
-        self,
-        store: BlobStore,
-        digest: str,
-        *,
-        is_wanted: Callable[[], bool] = lambda: True,
-        between_chunks: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Make the peer hold a verified copy; goes on where an earlier push has stopped.
-
-        Parameters
-        ----------
-        store : BlobStore
-            Where the own copy is.
-        digest : str
-            The blob.
-        is_wanted : callable
-            Asked between pieces; False ends the push with a `CheckpointError`.
-        between_chunks : callable
-            Called before each request that carries bytes; may use this client.
-
-        Raises
-        ------
-        BlobMissingError, BlobCorruptError
-            The copy in `store` is no good: fetch it.
-        CheckpointError
-            The peer is not reached, or refuses it. The message says why.
-        """
-        patience = _Patience(self._aborted)
-        with store.open_to_send(digest) as file:
-            while True:
-                try:
-                    offset = self._received(digest)
-                    while offset is not None:
-                        patience.note(offset)
-                        between_chunks()
-                        offset = self._send(file, digest, offset, is_wanted)
-                    return
-                except (httpx.HTTPError, _AgainError, OffsetError) as error:
-                    if isinstance(error, _OtherBytesError) and store.has(digest):
-                        store.verify(digest, is_forced=True)
-                    if not patience.has_more():
-                        raise self._failure(error) from error
 
     def pull(self, store: BlobStore, digest: str) -> None:
         """Put the peer's copy into `store`, verified; goes on where an earlier pull has stopped.
@@ -185,7 +128,7 @@ class PeerClient:
         CheckpointError
             The peer is not reached, or has no copy, or the own disk refuses it. The message says why.
         """
-        patience = _Patience(self._aborted)
+        patience = Patience(self._aborted)
         while True:
             offset = store.partial_bytes(digest)
             patience.note(offset)
@@ -195,46 +138,9 @@ class PeerClient:
             except CheckpointCorruptError as error:
                 if offset == 0:  # else the beginning, from elsewhere, may have been wrong
                     raise self._failure(error, kind=CheckpointCorruptError) from error
-            except (httpx.HTTPError, _AgainError, OffsetError) as error:
+            except (httpx.HTTPError, AgainError, OffsetError) as error:
                 if not patience.has_more():
                     raise self._failure(error) from error
-
-    def _received(self, digest: str) -> int | None:
-        """Ask how much of a blob the peer has; None is all of it."""
-        response = self._http.head(_path(digest), extensions=self._extensions)
-        if response.status_code == 200:
-            return None
-        if response.status_code == 404 and "Upload-Offset" in response.headers:
-            return _number(response.headers, "Upload-Offset")
-        raise self._refusal(response)
-
-    def _send(self, file: BufferedReader, digest: str, offset: int, is_wanted: Callable[[], bool]) -> int | None:
-        """Send one chunk and return where to go on, None at the end."""
-        size = file.seek(0, 2)
-        count = min(self._chunk_bytes, max(size - offset, 0))
-        file.seek(offset)
-        response = self._http.patch(
-            _path(digest),
-            content=self._pieces(file, count, is_wanted),
-            headers={"Content-Length": str(count), "Upload-Offset": str(offset), "Upload-Length": str(size)},
-            extensions=self._extensions,
-        )
-        if response.status_code == 200:
-            return None
-        if response.status_code == 202:
-            return _number(response.headers, "Upload-Offset")
-        if response.status_code == 409:
-            raise OffsetError(_number(response.headers, "Upload-Offset"))
-        raise self._refusal(response)
-
-    def _pieces(self, file: BufferedReader, count: int, is_wanted: Callable[[], bool]) -> Iterator[bytes]:
-        while count:
-            if self.is_aborted or not is_wanted():
-                raise CheckpointError(f"{self.peer}: the transfer was given up")
-            piece = file.read(min(count, _PIECE_BYTES))
-            count -= len(piece)
-            self.sent_bytes += len(piece)
-            yield piece
 
     def _pull_from(self, store: BlobStore, digest: str, offset: int) -> None:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
@@ -250,12 +156,10 @@ class PeerClient:
         store.finish([upload])
 
     def _refusal(self, response: httpx.Response) -> Exception:
-        status = response.status_code
-        if status in _REFUSALS:
-            return CheckpointError(f"{self.peer} {_REFUSALS[status]} (HTTP status {status})")
-        if status == 422:
-            return _OtherBytesError("it received other bytes")
-        return _AgainError(f"HTTP status {status} {response.text[:200]}".strip())
+        if response.status_code in _REFUSALS:
+            meaning = _REFUSALS[response.status_code]
+            return CheckpointError(f"{self.peer} {meaning} (HTTP status {response.status_code})")
+        return AgainError(f"HTTP status {response.status_code} {response.text[:200]}".strip())
 
     def _failure(self, error: Exception, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
         reason = "the transfer was given up" if self.is_aborted else explain(error)
@@ -269,7 +173,7 @@ class PeerClient:
                 self.abort()
 
 
-class _Patience:
+class Patience:
     """Allow a few attempts in a row without progress, with a wait that an abort ends."""
 
     def __init__(self, aborted: threading.Event) -> None:
@@ -277,22 +181,24 @@ class _Patience:
         self._furthest = -1
         self._failures = 0
 
-    def note(self, offset: int) -> None:
-        """Learn how far the transfer is."""
-        if offset > self._furthest:
+    def note(self, offset: int) -> bool:
+        """Learn how far the transfer is, and say whether that is further than before."""
+        is_further = offset > self._furthest
+        if is_further:
             self._furthest, self._failures = offset, 0
+        return is_further
 
     def has_more(self) -> bool:
         """Count a failure, wait, and say whether to try again."""
         self._failures += 1
-        return self._failures < _ATTEMPTS and not self._aborted.wait(_BACKOFF_S * self._failures)
+        return self._failures < _ATTEMPTS and not self._aborted.wait(BACKOFF_S * self._failures)
 
 
 def _number(headers: Mapping[str, str], name: str) -> int:
     try:
         return int(headers[name])
     except (KeyError, ValueError) as error:
-        raise _AgainError(f"the answer has no good {name}") from error
+        raise AgainError(f"the answer has no good {name}") from error
 
 
 def _total_bytes(response: httpx.Response) -> int:
@@ -300,7 +206,7 @@ def _total_bytes(response: httpx.Response) -> int:
         return _number(response.headers, "Content-Length")
     match = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
     if match is None:
-        raise _AgainError("the answer has no good Content-Range")
+        raise AgainError("the answer has no good Content-Range")
     return int(match[1])
 
 

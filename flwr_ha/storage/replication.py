@@ -15,6 +15,7 @@ from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import BlobLostError
 from flwr_ha.storage.lanes import Job, Lane, OnPush
 from flwr_ha.storage.peer import Peer, PeerClient
+from flwr_ha.storage.pushing import Pusher
 
 __all__ = ["Peer", "PeerClient", "Replicator"]
 
@@ -145,7 +146,7 @@ class Replicator:
         with self._changed:
             for lane in self._lanes_now("large"):
                 for digest in digests:
-                    lane.offer(Job((digest,), give_up_at_s=give_up_at_s))
+                    lane.offer(Job((digest,), give_up_at_s=give_up_at_s, is_offer=True))
 
     def fetch(self, digests: Sequence[str], *, timeout_s: float) -> None:
         """Put good copies of the blobs into the own store, from any peer that has them.
@@ -170,7 +171,7 @@ class Replicator:
         with self._changed:
             if self._is_closed:
                 raise CheckpointError("nothing is fetched any more: the replica ends")
-            clients = [self._connect(peer) for peer in self._current_peers()]
+            clients = [self._client(peer) for peer in self._current_peers()]
             self._fetching.update(clients)
         timer = threading.Timer(timeout_s, _abort, (clients,))
         timer.name = "replication-fetch-deadline"
@@ -250,7 +251,7 @@ class Replicator:
                     peer,
                     f"replication-{peer.id}-{kind}",
                     store=self._store,
-                    connect=self._connect,
+                    connect=self._pusher,
                     changed=self._changed,
                     on_push=self.on_push,
                 )
@@ -264,7 +265,10 @@ class Replicator:
             lane.close()
             self._retired.append(lane)
 
-    def _connect(self, peer: Peer) -> PeerClient:
+    def _pusher(self, peer: Peer) -> Pusher:
+        return Pusher(peer, secret=self._secret, tls=self._tls, timeout_s=self._timeout_s)
+
+    def _client(self, peer: Peer) -> PeerClient:
         return PeerClient(peer, secret=self._secret, tls=self._tls, timeout_s=self._timeout_s)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
+from flwr_ha.storage.frames import HEAD_BYTES, PROTOCOL, Head, Kind, names_bytes
+
 MULTI = 14  # ZooKeeper's operation code of a transaction
 _HEADER = struct.Struct(">iii")  # length of what follows, xid, operation code
 _CHUNK_BYTES = 1 << 16
@@ -37,21 +39,15 @@ class Frames:
         return found
 
 
-class BlobBodies:
-    """Find the bytes of blobs in one direction of an HTTP connection between replicas.
+class PulledBlobs:
+    """Find the bytes of blobs in what a replica answers over HTTP."""
 
-    Parameters
-    ----------
-    mark : bytes
-        What the header in front of a blob holds, and no other header.
-    """
-
-    def __init__(self, mark: bytes) -> None:
-        self._mark = mark
+    def __init__(self) -> None:
+        self._mark = b"application/octet-stream"  # in the header in front of a blob, and in no other
         self._is_next = False
 
-    def find(self, data: bytes) -> int | None:
-        """Take what was read from the connection at once; return where in it a blob begins or goes on, if it does."""
+    def find(self, data: bytes) -> range | None:
+        """Take what was read from the connection at once; return where in it a blob begins, if one does."""
         position = 0
         if self._mark in data:
             end = data.find(b"\r\n\r\n", data.index(self._mark))
@@ -60,7 +56,40 @@ class BlobBodies:
         if not self._is_next or position >= len(data):
             return None
         self._is_next = False
-        return position
+        return range(position, len(data))
+
+
+class PushedBlobs:
+    """Find the bytes of blobs in what a replica pushes to another."""
+
+    def __init__(self) -> None:
+        self._is_upgraded = False
+        self._head = b""
+        self._left = 0  # bytes that belong to the frame
+        self._is_new_piece = False
+
+    def find(self, data: bytes) -> range | None:
+        """Take what was read from the connection at once; return where in it a piece begins, if one does."""
+        position, found = 0, None
+        if not self._is_upgraded:
+            if f"Upgrade: {PROTOCOL}".encode() not in data:
+                return None
+            self._is_upgraded, position = True, data.index(b"\r\n\r\n") + 4
+        while position < len(data):
+            if self._left:
+                end = min(position + self._left, len(data))
+                if self._is_new_piece:
+                    found, self._is_new_piece = found or range(position, end), False
+                self._left -= end - position
+            else:
+                end = min(position + HEAD_BYTES - len(self._head), len(data))
+                self._head += data[position:end]
+                if len(self._head) == HEAD_BYTES:
+                    head, self._head = Head.from_bytes(self._head), b""
+                    self._is_new_piece = head.kind is Kind.PIECE
+                    self._left = head.count if self._is_new_piece else names_bytes(head.count)
+            position = end
+        return found
 
 
 class Link:
@@ -102,13 +131,13 @@ class Link:
         """Change one bit in each of the next so many blobs, whichever way they go."""
         self._to_flip += blobs
 
-    def _spoil(self, bodies: BlobBodies, data: bytes) -> bytes:
-        at = bodies.find(data)
-        if at is None or self._to_flip <= 0:
+    def _spoil(self, blobs: PulledBlobs | PushedBlobs, data: bytes) -> bytes:
+        found = blobs.find(data)
+        if not found or self._to_flip <= 0:
             return data
         self._to_flip -= 1
         self.flipped_bits += 1
-        at = (at + len(data)) // 2
+        at = (found.start + found.stop) // 2
         return data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
 
     async def open(self) -> None:
@@ -131,7 +160,7 @@ class Link:
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lost: set[int] = set()
         sent, answered = Frames(), Frames()
-        pushed, pulled = BlobBodies(b"PATCH /blobs/"), BlobBodies(b"application/octet-stream")
+        pushed, pulled = PushedBlobs(), PulledBlobs()
 
         def request(data: bytes) -> bytes:
             for xid, code in sent.feed(data):

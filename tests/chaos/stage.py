@@ -16,11 +16,10 @@ from starlette.applications import Starlette
 from flwr_ha.coordination.coordinator import Coordinator
 from flwr_ha.coordination.embedded import EmbeddedStore
 from flwr_ha.model import ControlHead, Head
-from flwr_ha.replica.api import is_authorized
 from flwr_ha.replica.apiserver import ApiServer
+from flwr_ha.replica.blobapi import blob_api
 from flwr_ha.settings import Endpoint, TlsSettings
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.blobserver import blob_routes
 from tests.chaos.miniature import RUN, SESSION_S, Job
 
 SECRET = "a secret of the replicas"
@@ -80,11 +79,7 @@ def stage_in(folder: Path, database: Path) -> Iterator[Stage]:
                 shutil.copy(file, own / file.name)
             if replica_id:
                 server = servers.enter_context(ApiServer(Endpoint("127.0.0.1", 0), tls=TlsSettings()))
-                routes = blob_routes(
-                    BlobStore(own / "store"),
-                    authorize=lambda request: is_authorized(request, SECRET),
-                    max_bytes=10**8,
-                )
-                server.start(Starlette(routes=routes))
+                routes, upgrades = blob_api(BlobStore(own / "store"), secret=SECRET, max_bytes=10**8)
+                server.start(Starlette(routes=routes), upgrades=upgrades)
                 peers[str(replica_id)] = f"127.0.0.1:{server.port}"
         yield Stage(folder, peers)

@@ -20,6 +20,7 @@ from flwr_ha.local.cluster import LocalCluster, Plan
 from flwr_ha.local.processes import wait_until
 from flwr_ha.operator import Operator
 from flwr_ha.settings import TlsSettings
+from flwr_ha.storage.frames import PROTOCOL
 from flwr_ha.tls import client_context
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
@@ -136,14 +137,15 @@ def test_wrong_secret_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/switchover"), ("POST", "/pause"), ("POST", "/resume"), ("PATCH", "/blobs/sha256:" + "0" * 64)],
+    [("POST", "/switchover"), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/blobs")],
 )
 def test_changes_need_the_secret(cluster: LocalCluster, method: str, path: str) -> None:
     """Whatever changes something answers 401 to a stranger."""
     tls = client_context(cluster.settings.tls.ca)
     for replica in cluster.settings.replicas:
         with httpx.Client(verify=tls, trust_env=False) as client:
-            assert client.request(method, f"https://{replica.api}{path}", json={}).status_code == 401
+            headers = {"Upgrade": PROTOCOL}
+            assert client.request(method, f"https://{replica.api}{path}", json={}, headers=headers).status_code == 401
 
 
 def test_flower_trusts_the_authority_only(cluster: LocalCluster, tmp_path: Path) -> None:

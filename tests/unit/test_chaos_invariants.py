@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from flwr_ha.model import Head, LeadershipChange, Position
+from flwr_ha.storage.frames import PROTOCOL, Kind, question
+from flwr_ha.storage.frames import Head as FrameHead
 from tests.chaos import verdict
 from tests.chaos.evidence import Attempt, Evidence, NodeKill, Training, trainings_in
 from tests.chaos.invariants import CHECKS, Reason, broken, repeats
-from tests.chaos.links import MULTI, BlobBodies, Frames
+from tests.chaos.links import MULTI, Frames, PulledBlobs, PushedBlobs
 from tests.chaos.plans import WITH_SUPERNODES, WITHOUT_SUPERNODES, Kill, Part, draw
 
 RUN = "7"
@@ -162,16 +164,39 @@ def test_zookeeper_messages_are_found_however_they_are_cut(size: int) -> None:
     assert found == [(1, MULTI), (-2, 11), (2, 4)]
 
 
-def test_blobs_are_found_behind_their_headers() -> None:
+def test_pulled_blobs_are_found_behind_their_headers() -> None:
     """In the same piece as the header, or in the next one; nothing else on the connection is a blob."""
-    bodies = BlobBodies(b"PATCH /blobs/")
-    header = b"PATCH /blobs/sha256:00 HTTP/1.1\r\nHost: x\r\n\r\n"
+    blobs = PulledBlobs()
+    header = b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n\r\n"
 
-    assert bodies.find(b"HEAD /blobs/sha256:00 HTTP/1.1\r\n\r\n") is None
-    assert bodies.find(header + b"blob") == len(header)
-    assert bodies.find(b"more of it") is None
-    assert bodies.find(header) is None
-    assert bodies.find(b"blob") == 0
+    assert blobs.find(b"HTTP/1.1 404 Not Found\r\n\r\n") is None
+    assert blobs.find(header + b"blob") == range(len(header), len(header) + 4)
+    assert blobs.find(b"more of it") is None
+    assert blobs.find(header) is None
+    assert blobs.find(b"blob") == range(4)
+
+
+@pytest.mark.parametrize("size", [1, 7, 60, 1000])
+def test_pushed_blobs_are_found_in_the_frames(size: int) -> None:
+    """Each piece once, however the stream is cut; neither the request nor heads nor questions are bytes of a blob."""
+    digest = "sha256:" + "ab" * 32
+    pieces = [b"first blob", b"second"]
+    stream = question({digest: 10})
+    for piece in pieces:
+        stream += FrameHead(Kind.PIECE, digest, 0, 10, len(piece)).to_bytes() + piece + question({digest: 10})
+    blobs = PushedBlobs()
+    assert blobs.find(b"POST /switchover HTTP/1.1\r\n\r\n") is None
+    assert blobs.find(f"GET /blobs HTTP/1.1\r\nUpgrade: {PROTOCOL}\r\n\r\n".encode()) is None
+
+    found = []
+    for start in range(0, len(stream), size):
+        data = stream[start : start + size]
+        if (where := blobs.find(data)) is not None:
+            found.append(data[where.start : where.stop])
+
+    expected = pieces if size < 100 else pieces[:1]  # one is enough in what is read at once
+    assert len(found) == len(expected)
+    assert all(piece.startswith(part) and part for piece, part in zip(expected, found, strict=True))
 
 
 class GoesOn:

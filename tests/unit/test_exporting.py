@@ -15,11 +15,11 @@ from flwr_ha.errors import CheckpointError, ConfigError, CoordinationError
 from flwr_ha.exporting import committed_rounds, export_round, write_state_dict
 from flwr_ha.local.zookeeper import free_ports
 from flwr_ha.model import Head, Position
-from flwr_ha.replica.api import create_api, is_authorized
+from flwr_ha.replica.api import create_api
 from flwr_ha.replica.apiserver import ApiServer
+from flwr_ha.replica.blobapi import blob_api
 from flwr_ha.settings import Settings
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.checkpoint import Checkpoint, save
 from flwr_ha.storage.committed import read_committed, write_committed
 from flwr_ha.storage.objectstore import ObjectStorage
@@ -242,9 +242,7 @@ def test_export_fetches_from_a_replica_on_another_machine(settings, heads, tmp_p
     shutil.move(settings.replica_dir(0), elsewhere)
     shutil.rmtree(settings.replica_dir(1))
     secret = load_secret(settings)
-    routes = blob_routes(
-        BlobStore(elsewhere / "store"), authorize=lambda request: is_authorized(request, secret), max_bytes=10**9
-    )
+    routes, _ = blob_api(BlobStore(elsewhere / "store"), secret=secret, max_bytes=10**9)
     with ApiServer(settings.replicas[2].api, tls=settings.tls) as server:
         server.start(create_api(UpReplica(heads), secret=secret, routes=routes))
         export_round(settings, RUN, None, tmp_path / "m")
