@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ _RETRY_S = (0.1, 2.0)  # first and longest pause between two tries
 _COMMIT_TIMEOUT_S = 600.0  # a big checkpoint takes its time to reach the standbys
 _NOTE_TIMEOUT_S = 2.0  # status and events must not hold up the training
 _NOTE_INTERVAL_S = 0.3
-_OFFER_BYTES = 4 << 20  # copying smaller parts takes no longer than telling of them
+_OFFER_BYTES = 4 << 20  # copying less takes no longer than telling of it
 _LOG_INTERVAL_S = 30.0
 
 
@@ -135,7 +136,8 @@ class ReplicaSession:
         from flwr_ha.storage.checkpoint import save
 
         reach("session.before-save")
-        saved = self._persist(lambda: save(checkpoint, self._blobs(), on_part=self._offer), checkpoint)
+        offers = _Offers(self._blobs(), lambda digests: self._note("offer", {"digests": digests}))
+        saved = self._persist(lambda: save(checkpoint, self._blobs(), on_part=offers.add), checkpoint)
         body = {
             "server_round": checkpoint.server_round,
             "num_rounds": checkpoint.num_rounds,
@@ -203,11 +205,6 @@ class ReplicaSession:
             )
         )
 
-    def _offer(self, digest: str) -> None:
-        """Tell the replica of a big part, so that copies of it are on their way while the others are written."""
-        if self._blobs().size_to_send(digest) >= _OFFER_BYTES:
-            self._note("offer", {"digests": [digest]})
-
     def _note(self, what: str, body: dict[str, Any]) -> None:
         try:
             path = f"/session/runs/{self.run_id}/{what}"
@@ -236,6 +233,26 @@ class ReplicaSession:
             if pauses.is_log_due():
                 logger.warning("%s: %s; trying again", doing, reason)
             pauses.wait()
+
+
+class _Offers:
+    """Tell the replica of parts, so that copies of them are on their way while others are written; from any thread."""
+
+    def __init__(self, store: BlobStore, tell: Callable[[list[str]], None]) -> None:
+        self._store = store
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._waiting: list[str] = []
+        self._waiting_bytes = 0
+
+    def add(self, digest: str) -> None:
+        with self._lock:
+            self._waiting.append(digest)
+            self._waiting_bytes += self._store.size_to_send(digest)
+            if self._waiting_bytes < _OFFER_BYTES:
+                return
+            told, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        self._tell(told)
 
 
 class _Pauses:
