@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import socket
 import ssl
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +12,7 @@ from typing import Any, Self
 import httpx
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.storage.abort import Abort
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.files import CHUNK_BYTES
 from flwr_ha.storage.outlet import AgainError
@@ -75,8 +73,7 @@ class PeerClient:
         timeout_s: float = 5.0,
     ) -> None:
         self.peer = peer
-        self._aborted = threading.Event()
-        self._sockets: list[socket.socket] = []
+        self._abort = Abort()
         self._http = httpx.Client(
             base_url=f"{'https' if tls else 'http'}://{peer.api}",
             headers={"Authorization": f"Bearer {secret}", "Accept-Encoding": "identity"},
@@ -96,17 +93,9 @@ class PeerClient:
         """Close the connection."""
         self._http.close()
 
-    @property
-    def is_aborted(self) -> bool:
-        """Whether `abort` was called; the client is of no use then."""
-        return self._aborted.is_set()
-
     def abort(self) -> None:
         """End what is under way, and all that would come later, with a `CheckpointError`; at once."""
-        self._aborted.set()
-        for connection in list(self._sockets):
-            with suppress(OSError):  # closed already
-                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+        self._abort.set()
 
     def has(self, digest: str) -> bool:
         """Whether the peer holds a good copy; raise `CheckpointError` if it does not say."""
@@ -128,7 +117,7 @@ class PeerClient:
         CheckpointError
             The peer is not reached, or has no copy, or the own disk refuses it. The message says why.
         """
-        patience = Patience(self._aborted)
+        patience = Patience(self._abort)
         while True:
             offset = store.partial_bytes(digest)
             patience.note(offset)
@@ -162,22 +151,19 @@ class PeerClient:
         return AgainError(f"HTTP status {response.status_code} {response.text[:200]}".strip())
 
     def _failure(self, error: Exception, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
-        reason = "the transfer was given up" if self.is_aborted else explain(error)
+        reason = "the transfer was given up" if self._abort.is_set else explain(error)
         return kind(f"{self.peer}: {reason}")
 
     def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            connection = info["return_value"].get_extra_info("socket")
-            self._sockets = [connection]
-            if self.is_aborted:
-                self.abort()
+            self._abort.watch(info["return_value"].get_extra_info("socket"))
 
 
 class Patience:
     """Allow a few attempts in a row without progress, with a wait that an abort ends."""
 
-    def __init__(self, aborted: threading.Event) -> None:
-        self._aborted = aborted
+    def __init__(self, abort: Abort) -> None:
+        self._abort = abort
         self._furthest = -1
         self._failures = 0
 
@@ -191,7 +177,7 @@ class Patience:
     def has_more(self) -> bool:
         """Count a failure, wait, and say whether to try again."""
         self._failures += 1
-        return self._failures < _ATTEMPTS and not self._aborted.wait(BACKOFF_S * self._failures)
+        return self._failures < _ATTEMPTS and not self._abort.wait(BACKOFF_S * self._failures)
 
 
 def _number(headers: Mapping[str, str], name: str) -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
+from flwr_ha.storage.abort import Abort
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.frames import Answer
 from flwr_ha.storage.outlet import AgainError, Outlet, UpgradeRefusedError
@@ -67,8 +65,7 @@ class Pusher:
         self._tls = tls
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
-        self._aborted = threading.Event()
-        self._socket: socket.socket | None = None
+        self._abort = Abort()
         self._outlet: Outlet | None = None
         self._young: dict[str, int] = {}  # on the peer, which would collect them if nobody asked
         self._asked_s = time.monotonic()
@@ -88,16 +85,11 @@ class Pusher:
     @property
     def is_aborted(self) -> bool:
         """Whether `abort` was called; the object is of no use then."""
-        return self._aborted.is_set()
+        return self._abort.is_set
 
     def abort(self) -> None:
         """End what is under way, and all that would come later, with a `CheckpointError`; at once."""
-        self._aborted.set()
-        connection = self._socket
-        if connection is not None:
-            with suppress(OSError):  # closed already
-                # It wakes the thread that waits. The method of a TLS socket would first make it a plain one.
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        self._abort.set()
 
     def push(
         self,
@@ -129,7 +121,7 @@ class Pusher:
             The peer is not reached, or refuses it. The message says why.
         """
         sizes = {digest: store.size_to_send(digest) for digest in digests}
-        job = _Push(store, sizes, is_wanted, is_settled, Patience(self._aborted))
+        job = _Push(store, sizes, is_wanted, is_settled, Patience(self._abort))
         while True:
             try:
                 self._push(job, self._connected())
@@ -211,14 +203,9 @@ class Pusher:
                 secret=self._secret,
                 tls=self._tls,
                 timeout_s=self._timeout_s,
-                on_socket=self._note_socket,
+                on_socket=self._abort.watch,
             )
         return self._outlet
-
-    def _note_socket(self, connection: socket.socket) -> None:
-        self._socket = connection
-        if self.is_aborted:
-            self.abort()
 
     def _failure(self, error: Exception) -> CheckpointError:
         return CheckpointError(f"{self.peer}: {'the transfer was given up' if self.is_aborted else explain(error)}")
