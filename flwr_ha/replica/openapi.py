@@ -13,7 +13,6 @@ _TEXT: Json = {"type": "string"}
 _DIGEST: Json = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
 _RUN_ID: Json = {"type": "string", "pattern": "^[0-9]{1,20}$"}
 _SECRET: list[Json] = [{"secret": []}]
-_MAX_OFFSET = 10**15
 
 
 def openapi(version: str) -> Json:

@@ -35,7 +35,7 @@ class UpgradeRefusedError(Exception):
 
 
 class Outlet:
-    """Push blobs over one connection; any error of it is an OSError or an `AgainError`, and ends its use.
+    """Push blobs over one connection; any error ends its use.
 
     Parameters
     ----------
@@ -109,7 +109,15 @@ class Outlet:
         return bool(poll.poll(0))
 
     def ask(self, sizes: Mapping[str, int]) -> Answer:
-        """Return what the receiver lacks of blobs of these sizes; what it has in full is durable and young then."""
+        """Return what the receiver lacks of blobs of these sizes; what it has in full is durable and young then.
+
+        Raises
+        ------
+        CheckpointError
+            The receiver takes nothing, and asking again will not change that.
+        AgainError
+            It takes nothing for now, or the connection broke.
+        """
         self._socket.settimeout(self._timeout_s + sum(sizes.values()) / _SLOWEST_BYTES_PER_S)
         self._socket.sendall(question(sizes))
         answer = self._read_answer()
@@ -124,13 +132,13 @@ class Outlet:
         Raises
         ------
         CheckpointError
-            It is not wanted any more.
+            It is not wanted any more, or the receiver refuses it for good.
         AgainError
-            The receiver refuses it, or the file has become shorter.
+            The receiver refuses it for now, or the file has become shorter.
         """
         if self.is_gone:
-            answer = self._read_answer()
-            raise AgainError(answer.refusal) if answer.is_passing else CheckpointError(answer.refusal)
+            self._read_answer()  # raises what it refuses, or that it has hung up
+            raise AgainError("it answers what was not asked")
         file.seek(offset)
         before, rest = Head(Kind.PIECE, digest, offset, total, count).to_bytes(), count
         while rest:
@@ -147,9 +155,12 @@ class Outlet:
 
     def _read_answer(self) -> Answer:
         try:
-            return Answer.from_bytes(self._read(answer_bytes(self._read(LENGTH_BYTES))))
+            answer = Answer.from_bytes(self._read(answer_bytes(self._read(LENGTH_BYTES))))
         except ValueError as error:
             raise AgainError(str(error)) from error
+        if answer.refusal:
+            raise AgainError(answer.refusal) if answer.is_passing else CheckpointError(answer.refusal)
+        return answer
 
     def _read(self, count: int) -> bytes:
         data = bytearray()

@@ -183,8 +183,6 @@ class Pusher:
         answer = outlet.ask(sizes)
         if not answer.lacking.keys() <= sizes.keys():
             raise AgainError("it lacks blobs that it was not asked for")
-        if answer.refusal:
-            raise AgainError(answer.refusal) if answer.is_passing else CheckpointError(answer.refusal)
         return answer
 
     def _look_at(self, answer: Answer, store: BlobStore) -> None:
