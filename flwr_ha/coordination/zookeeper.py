@@ -22,7 +22,6 @@ from kazoo.exceptions import (
     RuntimeInconsistency,
 )
 from kazoo.handlers.threading import KazooTimeoutError
-from kazoo.protocol.states import KeeperState
 
 from flwr_ha.coordination.connection import SocketKeeper, credentials
 from flwr_ha.coordination.proof import SessionProof
@@ -102,6 +101,7 @@ class ZooKeeperStore:
             )
         except ValueError as error:
             raise ConfigError(f"the ZooKeeper hosts {hosts!r} are not host:port,host:port: {error}") from error
+        self._is_refused = False
         self._watch_negotiation()
 
     @property
@@ -137,9 +137,8 @@ class ZooKeeperStore:
             self.close()
             raise
         except (KazooTimeoutError, CoordinationError) as error:
-            is_refused = self._client.client_state == KeeperState.AUTH_FAILED
             self.close()
-            if is_refused:
+            if self._is_refused:
                 raise _CredentialsError(f"ZooKeeper at {self._hosts} refused the user or the password") from error
             reason = f": {self._handler.last_error}" if self._handler.last_error else ""
             raise CoordinationError(
@@ -280,7 +279,7 @@ class ZooKeeperStore:
         self._on_change()
 
     def _watch_negotiation(self) -> None:
-        """Learn the session timeout that ZooKeeper grants: kazoo knows it but does not say it.
+        """Learn the session timeout that ZooKeeper grants, and whether it refuses us: kazoo keeps neither.
 
         kazoo's own read timeout, two thirds of it, is what its method for connecting returns.
         """
@@ -289,7 +288,12 @@ class ZooKeeperStore:
 
         def connect_and_note(*args: Any) -> tuple[float, float]:
             started_s = time.monotonic()
-            read_timeout_ms, connect_timeout_ms = connect(*args)
+            try:
+                read_timeout_ms, connect_timeout_ms = connect(*args)
+            except AuthFailedError:
+                self._is_refused = True  # kazoo stops then, and its state says no more than that it is closed
+                raise
+            self._is_refused = False
             self._proof.note_connecting(started_s)
             self._session_timeout_s = read_timeout_ms * 1.5 / 1000
             return read_timeout_ms, connect_timeout_ms

@@ -169,6 +169,21 @@ def test_wrong_password_is_refused(
         open_store(node.secure, owner, password="looking-glass", root=root, timeout_s=REFUSED_TIMEOUT_S)
 
 
+def test_refusal_is_named_however_late_the_store_looks(
+    node: SecureNode, open_store: Callable[..., ZooKeeperStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session is open for kazoo before SASL has ended, and forgets the refusal when it stops a moment later."""
+    owner, start = _user(node, tmp_path, "sasl", "alice"), KazooClient.start
+
+    def start_and_wait_for_the_end(client: KazooClient, timeout: float) -> None:
+        start(client, timeout=timeout)
+        assert client._connection.connection_stopped.wait(timeout)
+
+    monkeypatch.setattr(KazooClient, "start", start_and_wait_for_the_end)
+    with pytest.raises(CoordinationError, match="refused the user"):
+        open_store(node.secure, owner, password="looking-glass", root="/flwr-ha/late", timeout_s=REFUSED_TIMEOUT_S)
+
+
 def test_expired_zookeeper_certificate_is_refused(open_store: Callable[..., ZooKeeperStore], tmp_path: Path) -> None:
     """A server whose certificate has expired is refused, and the sentence says why."""
     authority = make_authority("test CA")
