@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import queue
 import secrets
 import shutil
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,11 @@ def run_demo(
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(str(choice), soft_wrap=True)
-    with _fresh_folder(root / ".flwr-ha") as folder, _signals() as stop:
+    with _fresh_folder(root / ".flwr-ha") as folder, _signals() as is_interrupted:
         try:
             with running(choice, root=root, folder=folder, home=home) as hosts:
                 cluster = _cluster(choice, hosts, root=root, folder=folder)
-                told = _play(console, stop, cluster, rounds, targets)
+                told = _play(console, is_interrupted, cluster, rounds, targets)
             if as_json:
                 print(json.dumps(told, indent=2), flush=True)
             return DONE
@@ -98,11 +98,15 @@ def _cluster(choice: Choice, hosts: str, *, root: Path, folder: Path) -> LocalCl
 
 
 def _play(
-    console: Console, stop: threading.Event, cluster: LocalCluster, rounds: int, targets: tuple[int, ...]
+    console: Console,
+    is_interrupted: Callable[[], bool],
+    cluster: LocalCluster,
+    rounds: int,
+    targets: tuple[int, ...],
 ) -> dict[str, Any]:
     """Return the report; DemoFailedError where something is not as promised."""
     with cluster, Screen(console) as screen:
-        story = Story(cluster, screen, stop, rounds=rounds, targets=targets)
+        story = Story(cluster, screen, is_interrupted, rounds=rounds, targets=targets)
         run = story.play()
         commits = cluster.get(f"/runs/{run['run_id']}/commits") or []
         elapsed_s = screen.elapsed_s
@@ -151,13 +155,17 @@ def _fresh_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and its like into an event, so that none can cut the cleaning up short."""
-    stop = threading.Event()
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and its like into an answer to whether one has come, so that none can cut the cleaning up short.
+
+    A handler runs in the middle of what the main thread does, in a wait for an event, too, whose lock it holds then:
+    `threading.Event.set` would wait for ever. `queue.SimpleQueue.put` may be called at any moment.
+    """
+    received: queue.SimpleQueue[int] = queue.SimpleQueue()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: received.put(number)) for number in numbers}
     try:
-        yield stop
+        yield lambda: not received.empty()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

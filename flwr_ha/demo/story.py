@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,8 +48,8 @@ class Story:
         Its coordinator serves.
     screen : Screen
         Shows what happens.
-    stop : threading.Event
-        Set by a signal; ends the demo with KeyboardInterrupt.
+    is_interrupted : callable
+        Whether a signal has come, which ends the demo with KeyboardInterrupt.
     rounds : int
         Rounds to train.
     targets : sequence of int
@@ -58,11 +57,17 @@ class Story:
     """
 
     def __init__(
-        self, cluster: LocalCluster, screen: Screen, stop: threading.Event, *, rounds: int, targets: Sequence[int]
+        self,
+        cluster: LocalCluster,
+        screen: Screen,
+        is_interrupted: Callable[[], bool],
+        *,
+        rounds: int,
+        targets: Sequence[int],
     ) -> None:
         self._cluster = cluster
         self._screen = screen
-        self._stop = stop
+        self._is_interrupted = is_interrupted
         self._rounds = rounds
         self._targets = list(targets)
         self._seen: dict[str, Any] | None = None
@@ -121,7 +126,7 @@ class Story:
             raise DemoFailedError(str(error), self._leader_log()) from error
 
     def _look(self) -> None:
-        if self._stop.wait(0):
+        if self._is_interrupted():
             raise KeyboardInterrupt
         for program in [*self._cluster.replicas.values(), *self._cluster.supernodes.values()]:
             if not program.is_alive and program is not self._victim:

@@ -1,6 +1,8 @@
 """The demo's decisions and figures, without processes."""
 
 import json
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -219,3 +221,30 @@ INFO :      train of round 2: answered from the cache, nothing is computed again
 def test_trainings_are_counted_in_the_supernodes_logs():
     """A request whose content did not arrive is no training; one answered from the cache neither."""
     assert count_trainings([LOG, LOG], rounds=1) == Trainings(real=2, replayed=2, needed=2)
+
+
+INTERRUPTED_ALL_THE_TIME = """
+import os, signal, threading
+from flwr_ha.demo.main import _signals
+
+def interrupt():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * 3000:
+        os.kill(os.getpid(), number)
+
+with _signals() as is_interrupted:
+    assert not is_interrupted()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    while thread.is_alive():
+        is_interrupted()
+    assert is_interrupted()
+print("went on")
+"""
+
+
+def test_signal_comes_through_whatever_the_demo_does():
+    """A handler runs in the middle of the main thread's work, of its own look at the signals and of another handler."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_ALL_THE_TIME], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("went on\n", 0), done.stderr
