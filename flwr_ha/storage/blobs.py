@@ -17,7 +17,7 @@ from flwr_ha.storage import files
 from flwr_ha.storage.blobfiles import BlobFiles
 from flwr_ha.storage.digests import PREFIX
 from flwr_ha.storage.files import WRITEBACK_BYTES, Buffer, disk_errors, locked
-from flwr_ha.storage.uploads import Upload, partial_bytes
+from flwr_ha.storage.uploads import OffsetError, Upload, partial_bytes
 
 _UPLOADS_AT_ONCE = 4096
 _FILES_AT_ONCE = 64  # held open until they are blobs
@@ -148,16 +148,28 @@ class BlobStore(BlobFiles):
         Raises
         ------
         OffsetError, CheckpointCorruptError
-            One of them is not complete, or not what it must be (it is dropped): finish the others alone.
+            One of them is not complete, or not what it must be (it is dropped); the others are blobs.
         CheckpointError
             The disk refuses; those that are no blobs yet are dropped.
         """
+        for problem in self.finish_good(uploads).values():
+            raise problem
+
+    def finish_good(self, uploads: Iterable[Upload]) -> dict[str, OffsetError | CheckpointCorruptError]:
+        """Do as `finish` does, but return what is wrong with those that are no blobs."""
         rest = sorted(uploads, key=lambda upload: upload.digest)  # each is locked: the same order for all
+        problems: dict[str, OffsetError | CheckpointCorruptError] = {}
         while rest:
             group, rest = rest[:_FILES_AT_ONCE], rest[_FILES_AT_ONCE:]
+            complete: list[tuple[str, int, Path]] = []
             with ExitStack() as stack:
-                opened = [(upload, stack.enter_context(upload.completed())) for upload in group]
-                complete = [(each.digest, descriptor, each.partial) for each, descriptor in opened if descriptor]
+                for upload in group:
+                    try:
+                        descriptor = stack.enter_context(upload.completed())
+                    except (OffsetError, CheckpointCorruptError) as error:
+                        problems[upload.digest] = error
+                    else:
+                        complete += [(upload.digest, descriptor, upload.partial)] if descriptor else []
                 try:
                     with disk_errors(self.root):
                         self._publish(complete)
@@ -165,6 +177,7 @@ class BlobStore(BlobFiles):
                     for _, _, partial in complete:  # after a failed fsync a second one may succeed without cause
                         partial.unlink(missing_ok=True)
                     raise
+        return problems
 
     def delete(self, digest: str) -> None:
         """Remove a blob if it is there."""

@@ -96,21 +96,12 @@ class Intake:
         try:
             missing = [digest for digest in asked if not self._store.is_kept(digest)]
             complete = [digest for digest in missing if self._store.partial_bytes(digest) >= asked[digest]]
-            spoiled = self._finish([self._store.receive(digest, asked[digest]) for digest in complete])
+            problems = self._store.finish_good(self._store.receive(digest, asked[digest]) for digest in complete)
             lacking = {digest: self._store.partial_bytes(digest) for digest in missing if not self._store.has(digest)}
         except CheckpointError as error:
             return _explained(error)
+        spoiled = {digest: str(each) for digest, each in problems.items() if isinstance(each, CheckpointCorruptError)}
         return Answer(lacking, spoiled)
-
-    def _finish(self, uploads: list[Upload]) -> dict[str, str]:
-        """Make blobs of all that is good, and return what is wrong with the others."""
-        try:
-            self._store.finish(uploads)
-            return {}
-        except (OffsetError, CheckpointCorruptError) as error:
-            if len(uploads) > 1:
-                return {digest: problem for each in uploads for digest, problem in self._finish([each]).items()}
-            return {uploads[0].digest: str(error)} if isinstance(error, CheckpointCorruptError) else {}
 
     def _read(self, connection: socket.socket, count: int) -> bytes:
         """Return so many bytes; none where the sender has hung up before the first one."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,10 +17,11 @@ from flwr_ha.storage.abort import Abort
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.files import CHUNK_BYTES
 from flwr_ha.storage.outlet import AgainError
-from flwr_ha.storage.uploads import OffsetError
+from flwr_ha.storage.uploads import OffsetError, Upload
 from flwr_ha.tls import explain
 
 _ATTEMPTS = 3  # in a row without progress
+_FINISH_BYTES = 256 << 20  # what is not finished gets old and may be collected
 BACKOFF_S = 0.1
 _REFUSALS = {
     401: "refuses the secret",
@@ -107,31 +109,59 @@ class PeerClient:
         except (httpx.HTTPError, AgainError) as error:
             raise self._failure(error) from error
 
-    def pull(self, store: BlobStore, digest: str) -> None:
-        """Put the peer's copy into `store`, verified; goes on where an earlier pull has stopped.
+    def pull(self, store: BlobStore, digests: Sequence[str]) -> dict[str, str]:
+        """Put the peer's copies into `store`, verified and durable; goes on where an earlier pull has stopped.
+
+        Returns
+        -------
+        dict of str to str
+            Of what the peer sent other bytes, and a sentence about each: ask another one. All else is there.
 
         Raises
         ------
-        CheckpointCorruptError
-            The peer sent other bytes: ask another one.
         CheckpointError
-            The peer is not reached, or has no copy, or the own disk refuses it. The message says why.
+            The peer is not reached, or has no copy of one of them, or the own disk refuses it. The message says why.
         """
+        spoiled: dict[str, str] = {}
+        patience = Patience(self._abort)
+        rest = deque(digests)
+        while rest:
+            bad, again = self._pull_some(store, rest)
+            spoiled |= bad
+            rest.extend(again)
+            if again and not patience.has_more():
+                raise self._failure(AgainError("what has arrived is changed by somebody else"))
+        return spoiled
+
+    def _pull_some(self, store: BlobStore, rest: deque[str]) -> tuple[dict[str, str], list[str]]:
+        """Pull the first ones of `rest`; return what the peer has sent other bytes of, and what to pull once more."""
+        offsets: dict[str, int] = {}
+        uploads: list[Upload] = []
+        while rest and sum(upload.total_bytes for upload in uploads) < _FINISH_BYTES:
+            upload, offsets[upload.digest] = self._received(store, rest.popleft())
+            uploads.append(upload)
+        problems = store.finish_good(uploads)
+        spoiled = {
+            digest: f"{self.peer}: {problem}"
+            for digest, problem in problems.items()
+            # With another offset the beginning, which came from elsewhere, may have been wrong.
+            if isinstance(problem, CheckpointCorruptError) and offsets[digest] == 0
+        }
+        return spoiled, [digest for digest in problems if digest not in spoiled]
+
+    def _received(self, store: BlobStore, digest: str) -> tuple[Upload, int]:
+        """Return an upload that has all bytes, not verified, and where the bytes of the last answer begin."""
         patience = Patience(self._abort)
         while True:
             offset = store.partial_bytes(digest)
             patience.note(offset)
             try:
-                self._pull_from(store, digest, offset)
-                return
-            except CheckpointCorruptError as error:
-                if offset == 0:  # else the beginning, from elsewhere, may have been wrong
-                    raise self._failure(error, kind=CheckpointCorruptError) from error
+                return self._receive_from(store, digest, offset), offset
             except (httpx.HTTPError, AgainError, OffsetError) as error:
                 if not patience.has_more():
                     raise self._failure(error) from error
 
-    def _pull_from(self, store: BlobStore, digest: str, offset: int) -> None:
+    def _receive_from(self, store: BlobStore, digest: str, offset: int) -> Upload:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         with self._http.stream("GET", _path(digest), headers=headers, extensions=self._extensions) as response:
             if response.status_code not in (200, 206, 416):
@@ -142,7 +172,7 @@ class PeerClient:
                 for chunk in response.iter_raw(CHUNK_BYTES):
                     upload.append(offset, chunk)
                     offset += len(chunk)
-        store.finish([upload])
+        return upload
 
     def _refusal(self, response: httpx.Response) -> Exception:
         if response.status_code in _REFUSALS:
@@ -150,9 +180,9 @@ class PeerClient:
             return CheckpointError(f"{self.peer} {meaning} (HTTP status {response.status_code})")
         return AgainError(f"HTTP status {response.status_code} {response.text[:200]}".strip())
 
-    def _failure(self, error: Exception, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
+    def _failure(self, error: Exception) -> CheckpointError:
         reason = "the transfer was given up" if self._abort.is_set else explain(error)
-        return kind(f"{self.peer}: {reason}")
+        return CheckpointError(f"{self.peer}: {reason}")
 
     def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
 from typing import Self
 
-from flwr_ha.errors import CheckpointCorruptError, CheckpointError, NoMajorityError
+from flwr_ha.errors import CheckpointError, NoMajorityError
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.digests import BlobLostError
 from flwr_ha.storage.lanes import Job, Lane, OnPush
@@ -214,17 +214,11 @@ class Replicator:
         """Pull what a peer has and take it off `missing`; add what it lacks, or that it did not answer."""
         try:
             held = answer.result()
-            for digest in tuple(missing):
-                try:
-                    if digest in held:
-                        client.pull(self._store, digest)
-                        missing.remove(digest)
-                    else:
-                        problems.append(f"{client.peer} has no good copy of {digest}")
-                except CheckpointCorruptError as error:
-                    problems.append(str(error))
+            problems += [f"{client.peer} has no good copy of {digest}" for digest in missing if digest not in held]
+            problems += client.pull(self._store, [digest for digest in missing if digest in held]).values()
         except CheckpointError as error:
             silent.append(str(error))
+        missing[:] = [digest for digest in missing if not self._store.is_good(digest)]
 
     def _too_few(self, job: Job, lanes: Sequence[Lane], needed: int, timeout_s: float) -> NoMajorityError:
         reasons = [

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError, NoMajorityError
 from flwr_ha.replica.upgrades import Upgrades
-from flwr_ha.storage import peer, pushing, uploads
+from flwr_ha.storage import files, peer, pushing, uploads
 from flwr_ha.storage.blobs import BlobStore
 from flwr_ha.storage.blobserver import blob_routes
 from flwr_ha.storage.digests import BlobMissingError
@@ -368,7 +368,7 @@ def test_wrong_secret_is_refused(servers, own, connect, pusher):
     """Neither reading nor writing works, and the message says what to check."""
     there, here = servers[0].store.put(b"there"), own.put(b"here")
     client, push = connect(servers[0], secret="guess"), pusher(servers[0], secret="guess").push
-    for use in (lambda: client.has(there), lambda: client.pull(own, there), lambda: push(own, [here])):
+    for use in (lambda: client.has(there), lambda: client.pull(own, [there]), lambda: push(own, [here])):
         with pytest.raises(CheckpointError, match="refuses the secret"):
             use()
     assert not servers[0].store.has(here)
@@ -403,7 +403,7 @@ def test_pulled_blob_is_verified_and_resumed(servers, own, connect, stack):
     """A broken download goes on with a range request."""
     proxy = stack.enter_context(Proxy(servers[0], [Fault("cut", 3_000_000, is_answer=True)]))
     digest = servers[0].store.put(os.urandom(8_000_000))
-    connect(proxy).pull(own, digest)
+    assert connect(proxy).pull(own, [digest]) == {}
     assert own.read(digest) == servers[0].store.read(digest)
     first, second = [header for method, header in servers[0].requests if method == "GET"]
     assert first is None
@@ -414,8 +414,11 @@ def test_pull_notices_changed_bytes(servers, own, connect, stack):
     """What comes in is never taken on trust; nothing of it stays."""
     proxy = stack.enter_context(Proxy(servers[0], [Fault("flip", 500_000, is_answer=True)]))
     digest = servers[0].store.put(os.urandom(1_000_000))
-    with pytest.raises(CheckpointCorruptError, match="replica 1"):
-        connect(proxy).pull(own, digest)
+    other = servers[0].store.put(os.urandom(1_000))
+    problems = connect(proxy).pull(own, [digest, other])
+    assert list(problems) == [digest]
+    assert problems[digest].startswith("replica 1")
+    assert own.is_good(other)
     assert not own.has(digest)
     assert own.partial_bytes(digest) == 0
 
@@ -425,7 +428,7 @@ def test_pull_survives_a_wrong_leftover(servers, own, connect):
     data = os.urandom(1_000_000)
     digest = servers[0].store.put(data)
     own.receive(digest, len(data)).append(0, b"wrong")
-    connect(servers[0]).pull(own, digest)
+    assert connect(servers[0]).pull(own, [digest]) == {}
     assert own.read(digest) == data
 
 
@@ -434,7 +437,7 @@ def test_pull_finishes_a_leftover_that_is_complete(servers, own, connect):
     data = os.urandom(1_000)
     digest = servers[0].store.put(data)
     own.receive(digest, len(data)).append(0, data)
-    connect(servers[0]).pull(own, digest)
+    assert connect(servers[0]).pull(own, [digest]) == {}
     assert own.read(digest) == data
 
 
@@ -589,7 +592,7 @@ def test_bad_copy_is_not_served(tmp_path, stack):
     client = stack.enter_context(PeerClient(Peer(1, f"127.0.0.1:{server.port}"), secret=SECRET))
     assert not client.has(digest)
     with pytest.raises(CheckpointError, match="has no good copy"):
-        client.pull(BlobStore(tmp_path / "own"), digest)
+        client.pull(BlobStore(tmp_path / "own"), [digest])
 
 
 # All peers
@@ -873,6 +876,16 @@ def test_blob_that_nobody_has_is_named_with_the_peers(servers, own, replicate, s
         alone.fetch([digest], timeout_s=LIMIT_S)
 
 
+def test_fetched_blobs_wait_for_the_disk_together(servers, own, replicate, monkeypatch):
+    """A replica that lacks a model of many arrays does not wait for its disk once for each."""
+    digests = [servers[0].store.put(os.urandom(1000 + i)) for i in range(200)]
+    waits = []
+    monkeypatch.setattr(files, "fsync_folder", lambda folder, do=files.fsync_folder: (waits.append(folder), do(folder)))
+    replicate(servers[0]).fetch(digests, timeout_s=LIMIT_S)
+    assert own.digests() == tuple(sorted(digests))
+    assert 1 <= waits.count(own.path(digests[0]).parent) <= 4
+
+
 def test_frozen_peer_does_not_delay_a_fetch(servers, own, replicate, stack):
     """The blobs come from whoever answers first; nobody waits for the other."""
     proxy = stack.enter_context(Proxy(servers[0], [Fault("hold", 0)]))
@@ -917,7 +930,7 @@ with here.Server(here.BlobStore(root / "peer")) as server:
         digest = "sha256:" + sha.hexdigest()
         own.put_known(digest, chunks())
         pusher.push(own, [digest])
-        client.pull(back, digest)
+        client.pull(back, [digest])
         back.verify(digest, is_forced=True)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

@@ -44,6 +44,19 @@ def test_complete_but_unfinished_upload_is_finished_after_a_restart(store):
     assert restarted.read(DIGEST) == DATA
 
 
+def test_uploads_that_are_no_good_do_not_stop_the_others(store):
+    """Each problem is told by name: the sender learns which bytes were wrong, and which are missing."""
+    parts = [DATA[:100], DATA[100:300], DATA[300:600], DATA[600:1000]]
+    uploads = [store.receive("sha256:" + hashlib.sha256(part).hexdigest(), len(part)) for part in parts]
+    for upload, data in zip(uploads, [parts[0], bytes(200), parts[2][:50], parts[3]], strict=True):
+        upload.append(0, data)
+    problems = store.finish_good(uploads)
+    kinds = {digest: type(problem) for digest, problem in problems.items()}
+    assert kinds == {uploads[1].digest: CheckpointCorruptError, uploads[2].digest: OffsetError}
+    assert store.digests() == tuple(sorted([uploads[0].digest, uploads[3].digest]))
+    assert [upload.offset for upload in uploads] == [100, 0, 50, 400]
+
+
 @pytest.mark.parametrize("offset", [0, 9_999, 10_001, 90_000])
 def test_piece_that_does_not_fit_says_where_to_go_on(store, offset):
     """Holes and repetitions are refused; nothing is written."""
