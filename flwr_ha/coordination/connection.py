@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import socket
 import ssl
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
+from kazoo.client import KazooClient
+from kazoo.exceptions import AuthFailedError
 from kazoo.handlers.threading import SequentialThreadingHandler
 from kazoo.security import make_acl, make_digest_acl
 
@@ -57,6 +61,47 @@ def _secured(plain: socket.socket, tls: ssl.SSLContext, options: dict[str, Any])
     except OSError:
         plain.close()
         raise
+
+
+class Handshake:
+    """Keep what kazoo learns while it connects, and does not say.
+
+    Parameters
+    ----------
+    client : KazooClient
+        Not started yet.
+    session_timeout_s : float
+        What it asks for, in seconds.
+    on_success : callable
+        Called with the ``time.monotonic()`` of the beginning, each time a session is open and its user accepted.
+
+    Attributes
+    ----------
+    session_timeout_s : float
+        What ZooKeeper has granted, in seconds; before the first session what is asked for.
+    is_refused : bool
+        Whether ZooKeeper refused the user at the last attempt. kazoo stops then, and a moment later its state says no
+        more than that it is closed.
+    """
+
+    def __init__(self, client: KazooClient, session_timeout_s: float, *, on_success: Callable[[float], None]) -> None:
+        self.session_timeout_s = session_timeout_s
+        self.is_refused = False
+        self._on_success = on_success
+        self._connect = client._connection._connect
+        client._connection._connect = self._connect_and_note
+
+    def _connect_and_note(self, *args: Any) -> tuple[float, float]:
+        started_s = time.monotonic()
+        try:
+            read_timeout_ms, connect_timeout_ms = self._connect(*args)
+        except AuthFailedError:
+            self.is_refused = True
+            raise
+        self.is_refused = False
+        self._on_success(started_s)
+        self.session_timeout_s = read_timeout_ms * 1.5 / 1000  # kazoo's read timeout is two thirds of it
+        return read_timeout_ms, connect_timeout_ms
 
 
 def credentials(security: ZooKeeperSettings, password: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kazoo.exceptions import (
 )
 from kazoo.handlers.threading import KazooTimeoutError
 
-from flwr_ha.coordination.connection import SocketKeeper, credentials
+from flwr_ha.coordination.connection import Handshake, SocketKeeper, credentials
 from flwr_ha.coordination.proof import SessionProof
 from flwr_ha.coordination.protocol import Check, ConflictError, Create, Delete, Operation, Set, Versioned
 from flwr_ha.errors import ConfigError, CoordinationError
@@ -81,7 +81,6 @@ class ZooKeeperStore:
         security = security or ZooKeeperSettings()
         self._hosts, _, prefix = hosts.partition("/")
         self._root = (f"/{prefix}" if prefix else "") + root.rstrip("/")
-        self._session_timeout_s = session_timeout_s
         self._proof = SessionProof()
         self._made_parents: set[str] = set()
         self._on_change: Callable[[], None] = lambda: None
@@ -101,22 +100,21 @@ class ZooKeeperStore:
             )
         except ValueError as error:
             raise ConfigError(f"the ZooKeeper hosts {hosts!r} are not host:port,host:port: {error}") from error
-        self._is_refused = False
-        self._watch_negotiation()
+        self._handshake = Handshake(self._client, session_timeout_s, on_success=self._proof.note_connecting)
 
     @property
     def session_timeout_s(self) -> float:
         """Seconds of silence after which ZooKeeper ends the session, as negotiated."""
-        return self._session_timeout_s
+        return self._handshake.session_timeout_s
 
     @property
     def lease_s(self) -> float:
         """Two thirds of the negotiated session timeout, in seconds; see `SessionProof`."""
-        return self._session_timeout_s * 2 / 3
+        return self.session_timeout_s * 2 / 3
 
     def proven_until(self, started_s: float) -> float:
         """Return until when a successful transaction proves the session alive; see `SessionProof`."""
-        return min(self._proof.until(started_s, self._session_timeout_s), started_s + self.lease_s)
+        return min(self._proof.until(started_s, self.session_timeout_s), started_s + self.lease_s)
 
     def start(self, on_change: Callable[[], None], *, timeout_s: float) -> None:
         """Connect and make the root; see `Store.start`.
@@ -138,7 +136,7 @@ class ZooKeeperStore:
             raise
         except (KazooTimeoutError, CoordinationError) as error:
             self.close()
-            if self._is_refused:
+            if self._handshake.is_refused:
                 raise _CredentialsError(f"ZooKeeper at {self._hosts} refused the user or the password") from error
             reason = f": {self._handler.last_error}" if self._handler.last_error else ""
             raise CoordinationError(
@@ -239,7 +237,7 @@ class ZooKeeperStore:
         """Send a request and wait for its answer; NoNodeError and the like pass through."""
         started_s = time.monotonic()
         try:
-            answer = request().get(timeout=self._session_timeout_s * CALL_LIMIT)
+            answer = request().get(timeout=self.session_timeout_s * CALL_LIMIT)
         except CONFLICTS:
             self._note_answer(started_s)
             raise
@@ -256,10 +254,10 @@ class ZooKeeperStore:
         return answer
 
     def _note_answer(self, started_s: float) -> None:
-        self._proof.note(started_s, time.monotonic(), self._session_timeout_s)
+        self._proof.note(started_s, time.monotonic(), self.session_timeout_s)
 
     def _run_keep_alive(self) -> None:
-        while not self._stop.wait(self._session_timeout_s * KEEP_ALIVE):
+        while not self._stop.wait(self.session_timeout_s * KEEP_ALIVE):
             with suppress(CoordinationError, KazooException):
                 self._call(lambda: self._client.exists_async(self._root or "/"))
             self._revive()
@@ -277,28 +275,6 @@ class ZooKeeperStore:
     def _on_state(self, state: Any) -> None:
         LOGGER.debug("the connection to ZooKeeper is %s", state)
         self._on_change()
-
-    def _watch_negotiation(self) -> None:
-        """Learn the session timeout that ZooKeeper grants, and whether it refuses us: kazoo keeps neither.
-
-        kazoo's own read timeout, two thirds of it, is what its method for connecting returns.
-        """
-        connection = self._client._connection
-        connect = connection._connect
-
-        def connect_and_note(*args: Any) -> tuple[float, float]:
-            started_s = time.monotonic()
-            try:
-                read_timeout_ms, connect_timeout_ms = connect(*args)
-            except AuthFailedError:
-                self._is_refused = True  # kazoo stops then, and its state says no more than that it is closed
-                raise
-            self._is_refused = False
-            self._proof.note_connecting(started_s)
-            self._session_timeout_s = read_timeout_ms * 1.5 / 1000
-            return read_timeout_ms, connect_timeout_ms
-
-        connection._connect = connect_and_note
 
 
 class _Batch(threading.local):
