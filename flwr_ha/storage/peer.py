@@ -137,9 +137,11 @@ class PeerClient:
         """Pull the first ones of `rest`; return what the peer has sent other bytes of, and what to pull once more."""
         offsets: dict[str, int] = {}
         uploads: list[Upload] = []
-        while rest and sum(upload.total_bytes for upload in uploads) < _FINISH_BYTES:
+        pending_bytes = 0
+        while rest and pending_bytes < _FINISH_BYTES:
             upload, offsets[upload.digest] = self._received(store, rest.popleft())
             uploads.append(upload)
+            pending_bytes += upload.total_bytes
         problems = store.finish_good(uploads)
         spoiled = {
             digest: f"{self.peer}: {problem}"
