@@ -1,8 +1,10 @@
-"""TLS contexts from the settings, and what a failed handshake means for people."""
+"""TLS contexts from the settings, the end of a connection, and what a failed handshake means for people."""
 
 from __future__ import annotations
 
+import socket
 import ssl
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -79,6 +81,13 @@ def _load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
     except (OSError, ssl.SSLError, ValueError) as error:
         what = "does not belong to" if "KEY_VALUES_MISMATCH" in str(error) else "cannot be used with"
         raise ConfigError(f"the key {str(key)!r} {what} the certificate {str(cert)!r}: {error}") from error
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection from any thread; one that waits for it wakes up, and closes it."""
+    with suppress(OSError):  # closed already
+        # The method of a TLS socket would make it a plain one first: its reader would take ciphertext for an answer.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def explain(error: BaseException) -> str:

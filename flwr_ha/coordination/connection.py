@@ -7,7 +7,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
 from kazoo.client import KazooClient
@@ -17,7 +16,7 @@ from kazoo.security import make_acl, make_digest_acl
 
 from flwr_ha.errors import ConfigError
 from flwr_ha.settings import ZooKeeperSettings
-from flwr_ha.tls import explain
+from flwr_ha.tls import explain, hang_up
 
 
 class SocketKeeper(SequentialThreadingHandler):  # type: ignore[misc]  # kazoo has no types
@@ -50,8 +49,7 @@ class SocketKeeper(SequentialThreadingHandler):  # type: ignore[misc]  # kazoo h
         """Make kazoo connect to another node; the session stays."""
         current = self._socket
         if current is not None:
-            with suppress(OSError):
-                current.shutdown(socket.SHUT_RDWR)
+            hang_up(current)
 
 
 def _secured(plain: socket.socket, tls: ssl.SSLContext, options: dict[str, Any]) -> ssl.SSLSocket:

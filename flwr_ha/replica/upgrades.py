@@ -12,10 +12,11 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from flwr_ha.tls import hang_up
 
 AT_ONCE = 64  # connections, each with a thread
 _LONGEST_HEAD_BYTES = 16_384
@@ -74,8 +75,7 @@ class Upgrades:
             self._is_closed = True
             running = dict(self._running)
         for connection in running.values():
-            with suppress(OSError):  # closed already
-                connection.shutdown(socket.SHUT_RDWR)
+            hang_up(connection)
         for thread in running:
             thread.join(_JOIN_S)
 

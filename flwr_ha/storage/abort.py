@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import suppress
+
+from flwr_ha.tls import hang_up
 
 
 class Abort:
@@ -27,9 +28,7 @@ class Abort:
         self._event.set()
         connection = self._socket
         if connection is not None:
-            with suppress(OSError):  # closed already
-                # The method of a TLS socket would first make it a plain one, under the thread that uses it.
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+            hang_up(connection)
 
     def watch(self, connection: socket.socket) -> None:
         """Learn of a connection before anything waits for it."""

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 from flwr_ha.errors import CheckpointCorruptError
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.files import Buffer
+from flwr_ha.storage.files import FINISH_BYTES, Buffer
 from flwr_ha.storage.uploads import OffsetError, Upload
-
-_FINISH_BYTES = 256 << 20  # what is not finished gets old and may be collected, and fills the memory of the system
 
 
 class Batch:
@@ -44,7 +42,7 @@ class Batch:
         upload.fill(chunks)
         with self._lock:
             self._uploads[digest] = upload
-            is_enough = sum(each.total_bytes for each in self._uploads.values()) >= _FINISH_BYTES
+            is_enough = sum(each.total_bytes for each in self._uploads.values()) >= FINISH_BYTES
         if is_enough:
             self.finish()
 

@@ -16,6 +16,9 @@ from flwr_ha.errors import CheckpointError
 Buffer = bytes | bytearray | memoryview
 CHUNK_BYTES = 1 << 20
 WRITEBACK_BYTES = 8 << 20
+FINISH_BYTES = (
+    256 << 20
+)  # uploads that are not finished get old and may be collected, and fill the memory of the system
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it

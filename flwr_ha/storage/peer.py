@@ -15,13 +15,12 @@ import httpx
 from flwr_ha.errors import CheckpointCorruptError, CheckpointError
 from flwr_ha.storage.abort import Abort
 from flwr_ha.storage.blobs import BlobStore
-from flwr_ha.storage.files import CHUNK_BYTES
+from flwr_ha.storage.files import CHUNK_BYTES, FINISH_BYTES
 from flwr_ha.storage.outlet import AgainError
 from flwr_ha.storage.uploads import OffsetError, Upload
 from flwr_ha.tls import explain
 
 _ATTEMPTS = 3  # in a row without progress
-_FINISH_BYTES = 256 << 20  # what is not finished gets old and may be collected
 BACKOFF_S = 0.1
 _REFUSALS = {
     401: "refuses the secret",
@@ -126,6 +125,7 @@ class PeerClient:
         patience = Patience(self._abort)
         rest = deque(digests)
         while rest:
+            patience.note(len(digests) - len(rest))
             bad, again = self._pull_some(store, rest)
             spoiled |= bad
             rest.extend(again)
@@ -138,7 +138,7 @@ class PeerClient:
         offsets: dict[str, int] = {}
         uploads: list[Upload] = []
         pending_bytes = 0
-        while rest and pending_bytes < _FINISH_BYTES:
+        while rest and pending_bytes < FINISH_BYTES:
             upload, offsets[upload.digest] = self._received(store, rest.popleft())
             uploads.append(upload)
             pending_bytes += upload.total_bytes

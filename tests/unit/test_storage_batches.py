@@ -75,7 +75,7 @@ def test_each_blob_is_fsynced_before_it_gets_its_name_and_the_folder_after(store
 
 def test_large_batches_are_finished_in_between(store, monkeypatch):
     """What waits for too long might be collected, and all at once would fill the system's memory."""
-    monkeypatch.setattr(batches, "_FINISH_BYTES", 30_000)
+    monkeypatch.setattr(batches, "FINISH_BYTES", 30_000)
     batch = Batch(store)
     fill(batch)
     assert 60 < len(store.digests()) < 100

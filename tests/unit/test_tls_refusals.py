@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import select
 import socket
+import ssl
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from starlette.applications import Starlette
 
 from flwr_ha.certs import issue, make_authority, write_certificates
+from flwr_ha.coordination.connection import SocketKeeper
 from flwr_ha.errors import CheckpointError, ConfigError
 from flwr_ha.replica.apiserver import ApiServer
 from flwr_ha.replica.blobapi import blob_api
@@ -211,3 +215,24 @@ def raw(port: int, method: str, path: str, *, secret: str) -> tuple[int, bytes]:
         with connection.makefile("rb") as answer:
             content = answer.read()
     return int(content.split(b" ", 2)[1]), content
+
+
+def test_reader_of_a_dropped_connection_never_takes_ciphertext_for_an_answer(certificates: Path) -> None:
+    """What had arrived before the connection to ZooKeeper was dropped is still read through TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
+    keeper = SocketKeeper(5.0, client_context(certificates / "ca.crt"))
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener.settimeout(5.0)
+        accepted = pool.submit(lambda: context.wrap_socket(listener.accept()[0], server_side=True))
+        client = keeper.create_connection(address=listener.getsockname(), hostname="127.0.0.1", timeout=5.0)
+        stack.enter_context(client)
+        server = stack.enter_context(accepted.result(5.0))
+        server.sendall(b"first")
+        assert client.recv(100) == b"first"
+        server.sendall(b"second")
+        assert select.select([client], [], [], 5.0)[0]
+        keeper.drop_connection()
+        assert client.recv(100) == b"second"
